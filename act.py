@@ -1,0 +1,2522 @@
+"""ACT: a pretrained 2D Transformer, frozen, becomes a 3D autoencoder, whose features teach a plain 3D Transformer.
+
+R. Dong et al., "Autoencoders as Cross-Modal Teachers: Can Pretrained 2D Image Transformers Help 3D Representation
+Learning?", ICLR 2023, arXiv:2212.08320. The whole method in one file, to be read from top to bottom beside the paper;
+a reader may stop at the banner "Clouds": nothing above it depends on what is below.
+
+    paper                                          here
+    patches: FPS centres, k nearest points         farthest_point_sample, knn, group_points
+    Sec. 4.1, patch embedding (mini-PointNet)      PatchEmbed, pos_mlp
+    Sec. 4.1, frozen pretrained trunk              load_pretrained, Trunk, Block
+    Sec. 4.1, prompt tuning                        Teacher.prefix (deep), Teacher.visual
+    Sec. 4.1, discrete VAE, its loss               Teacher, DGCNN, FoldingDecoder, teacher_loss, chamfer_distance
+    Sec. 4.2, masked modelling, distillation       random_mask, block_mask, Encoder, Student, distillation_loss
+    Sec. 5, transfer                               Classifier, Segmenter, global_feature, linear_svm
+    the public release's checkpoints               load, export
+
+Shapes: B batch, N points, G groups (patches), S points per group, C channels, V / M visible / masked groups, K neighbours,
+T tokens, P prompts. Centres and patches are (B, G, 3) and (B, G, S, 3); a True in a mask means hidden.
+
+Where this differs from the paper or from the public release:
+ 1. The teacher of stage II is in eval mode, with argmax codes: targets are deterministic. The release leaves BatchNorm,
+    prompt dropout and Gumbel noise on. Gumbel noise is for training only, so evaluation has none either.
+ 2. Deep prompts are a prefix of keys and values, computed once for a batch: prompt dropout acts once per step.
+ 3. The student embeds its visible patches only: BatchNorm sees those alone.
+ 4. Learning rate, temperature and KL weight move with every step (the release: the rate with every epoch); a run shorter
+    than the published one scales temperature and KL by its own length, and warms up for a tenth of it at most.
+ 5. Any trunk is treated alike, BERT too: positions at every block, deep prompts. In the release BERT gets positions once
+    and cannot run with deep prompts, and CLIP's attention runs across the clouds of a batch.
+ 6. FPS has no rule for points near the origin (the release's CUDA kernel never picks one with |p|^2 <= 1e-3).
+ 7. Frozen protocols freeze everything below the head, class token and statistics included; fine-tuning rotates
+    ScanObjectNN only; the result is the last epoch's; the vote is one of ten draws; the optimizer steps once per step.
+ 8. Deviations of arithmetic only (rounding): products are split where an input repeats (EdgeConv, mini-PointNet,
+    FoldingNet, segmentation head), argmax codes are looked up, 1 x 1 convolutions are Linear.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import resource
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry. Batched, on any device, in float32 or better whatever autocast says; distances by subtraction, never by the
+# expanded square, which loses every digit of a cloud far from the origin. Each function can be copied out with
+# `import torch` and the functions it calls.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def farthest_point_sample(xyz, num_samples, generator=None):
+    """Indices of `num_samples` mutually distant points (PointNet++, Sec. 3.2).
+
+    xyz: (B, N, 3) -> (B, num_samples) int64. Starts at point 0, or at a random one if `generator` is given; each next is
+    argmax_i min_{j chosen} |x_i - x_j|^2, ties to the lowest index. Raises ValueError if num_samples > N.
+    On a GPU the loop is bound by launches, so it is captured once per shape as a CUDA graph and replayed.
+    """
+    B, N, _ = xyz.shape
+    if not 1 <= num_samples <= N:
+        raise ValueError(f"num_samples must be from 1 to the cloud's {N} points, found {num_samples}")
+    # coordinates as three planes: every pass of the loop runs over unit strides
+    planes = xyz.detach().to(torch.promote_types(xyz.dtype, torch.float32)).permute(2, 0, 1).contiguous()  # (3, B, N)
+    first = torch.zeros(B, 1, dtype=torch.long, device=xyz.device)
+    if generator is not None:
+        first = torch.randint(N, (B, 1), generator=generator, device=generator.device).to(xyz.device)
+
+    def loop(planes, first):
+        idx = first.expand(num_samples, B, 1).clone()
+        nearest = torch.full_like(planes[0], float("inf"))
+        diff, value = torch.empty_like(planes), planes.new_empty(B, 1)
+        for i in range(1, num_samples):
+            torch.sub(planes, planes.gather(2, idx[i - 1].expand(3, B, 1)), out=diff)
+            diff.mul_(diff)
+            diff[0].add_(diff[1]).add_(diff[2])  # (dx² + dy²) + dz², unfused: bit for bit the plain loop
+            torch.minimum(nearest, diff[0], out=nearest)
+            torch.max(nearest, dim=1, keepdim=True, out=(value, idx[i]))
+        return idx[:, :, 0].t().contiguous()  # (B, num_samples)
+
+    if xyz.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return loop(planes, first)
+    graphs = farthest_point_sample.__dict__.setdefault("graphs", {})
+    key = (B, N, num_samples, planes.dtype, planes.device)
+    if key not in graphs:
+        try:
+            static = planes.clone(), first.clone()
+            loop(*static)  # warm-up outside the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = loop(*static)
+            graphs[key] = (graph, *static, out)
+        except RuntimeError:  # capture is impossible here (another capture or an old driver): the plain loop, from now on
+            graphs[key] = None
+    if graphs[key] is None:
+        return loop(planes, first)
+    graph, static_planes, static_first, out = graphs[key]
+    static_planes.copy_(planes)
+    static_first.copy_(first)
+    graph.replay()
+    return out.clone()
+
+
+def knn(query, xyz, k):
+    """The k points of `xyz` nearest to each query: (sqdist (B, Q, k) ascending, idx (B, Q, k) int64), ties by index.
+
+    query: (B, Q, 3), xyz: (B, N, 3); sqdist[b, q, j] = |query[b, q] - xyz[b, idx[b, q, j]]|^2, squared units, without
+    gradient. Chunked over the queries: extra memory stays in the tens of megabytes on a CPU, whatever N and Q are.
+    Raises ValueError if k > N.
+    """
+    B, Q, _ = query.shape
+    N = xyz.shape[1]
+    if not 1 <= k <= N:
+        raise ValueError(f"k must be from 1 to the cloud's {N} points, found {k}")
+    dtype = torch.promote_types(torch.promote_types(query.dtype, xyz.dtype), torch.float32)
+    # The k nearest points lie in the k groups whose nearest members are nearest: first choose groups of g points by their
+    # minima, then points within them: two selections of about sqrt(N k) candidates instead of one of N.
+    g = 1
+    while k > 1 and 4 * g * g * k <= N:
+        g *= 2
+    M = -(-N // g)  # groups; the point at position (a, m) is m * g + a, so that lower groups hold lower indices
+    padded = torch.full((B, M * g, 3), float("inf"), dtype=dtype, device=xyz.device)
+    padded[:, :N] = xyz.detach()
+    planes = padded.view(B, M, g, 3).permute(3, 0, 2, 1).contiguous()  # (3, B, g, M)
+    query = query.detach().to(dtype).permute(2, 0, 1).contiguous()  # (3, B, Q)
+
+    def smallest(value, index, count):
+        """The `count` smallest of (value, index) in lexicographic order: unique integer keys make ties exact."""
+        if value.dtype == torch.float64:  # no room for the index beside 64 bits: a stable sort in order of index
+            index, order = index.expand_as(value).sort(dim=-1)
+            value, stable = value.gather(-1, order).sort(dim=-1, stable=True)
+            return value[..., :count], index.gather(-1, stable[..., :count])
+        key = value.view(torch.int32).long() << 32 | index  # floats >= 0 order as their bits do
+        key = key.topk(count, dim=-1, largest=False)[0]
+        return (key >> 32).int().view(torch.float32), key & 0xFFFFFFFF
+
+    position = torch.arange(M * g, device=xyz.device).view(M, g).t()  # (g, M) -> index of the point
+    out = []
+    budget = 2**19 if xyz.device.type == "cpu" else 2**26  # a chunk that stays in a core's cache, or fills a GPU
+    step = min(Q, max(1, budget // (B * M * g)))
+    buffer = planes.new_empty(3 * B * step * g * M)  # allocated once: fresh pages would cost more than the arithmetic
+    for part in query.split(step, dim=2):
+        diff = buffer[: part.numel() * g * M].view(*part.shape, g, M)
+        torch.sub(part[..., None, None], planes[:, :, None], out=diff)  # (3, B, q, g, M)
+        diff *= diff
+        sqdist = diff[0].add_(diff[1]).add_(diff[2])  # (B, q, g, M)
+        if k == 1:
+            out.append(sqdist.flatten(2).min(dim=-1, keepdim=True))  # min takes the first
+            continue
+        index = position
+        if g > 1:
+            _, group = smallest(sqdist.amin(dim=2), torch.arange(M, device=xyz.device), k)  # (B, q, k)
+            sqdist = sqdist.gather(3, group[:, :, None].expand(-1, -1, g, -1))  # (B, q, g, k)
+            index = group[:, :, None] * g + torch.arange(g, device=xyz.device)[:, None]
+        out.append(smallest(sqdist.flatten(2), index.flatten(-2), k))
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*out))
+
+
+def gather_points(values, idx):
+    """Rows by index: out[b, ...] = values[b, idx[b, ...]]. values: (B, N, C), idx: (B, ...) int64 -> (B, ..., C)."""
+    B, N, C = values.shape
+    flat = idx.reshape(B, -1) + torch.arange(B, device=idx.device)[:, None] * N
+    # as an embedding look-up, whose backward is a parallel sum over rows
+    return torch.nn.functional.embedding(flat, values.reshape(B * N, C)).view(*idx.shape, C)
+
+
+def group_points(xyz, num_group, group_size):
+    """Patches of a cloud (Sec. 4.1): farthest-point centres and the nearest points around each.
+
+    xyz: (B, N, 3) -> neighborhood (B, G, S, 3), each relative to its centre, nearest point first; center (B, G, 3).
+    Raises ValueError if the cloud has fewer than `num_group` or `group_size` points.
+    """
+    center = gather_points(xyz, farthest_point_sample(xyz, num_group))  # (B, G, 3)
+    _, idx = knn(center, xyz, group_size)
+    return gather_points(xyz, idx) - center[:, :, None], center
+
+
+def chamfer_distance(a, b, norm=1):
+    """Chamfer distance of two batches of point sets, mean over the batch -> scalar, with gradients to both.
+
+    a: (B, N, 3), b: (B, M, 3). norm=1: 1/2 (mean_a min_b |a - b| + mean_b min_a |a - b|), the paper's CD-L1, in the
+    clouds' unit; norm=2: mean_a min_b |a - b|^2 + mean_b min_a |a - b|^2, squared unit, no 1/2. The neighbours are
+    searched without gradient (they are piecewise constant), so memory stays bounded; |0| has gradient 0.
+    """
+    if norm not in (1, 2):
+        raise ValueError(f"norm must be 1 or 2, found {norm!r}")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    total = 0
+    for one, other in ((a, b), (b, a)):
+        nearest = gather_points(other, knn(one, other, 1)[1][..., 0])
+        sqdist = (one - nearest).square().sum(-1)  # (B, N)
+        if norm == 1:  # the square root's slope is infinite at 0: step around it
+            sqdist = torch.where(sqdist > 0, sqdist, 1).sqrt() * (sqdist > 0) / 2
+        total = total + sqdist.mean()
+    return total
+
+
+def fscore(pred, target, threshold=0.01):
+    """F-score of reconstruction: harmonic mean of precision and recall at `threshold`, a distance (not squared).
+
+    pred: (B, N, 3), target: (B, M, 3) -> (B,) in 0..1; 0 where precision and recall both are 0.
+    """
+    precision = (knn(pred, target, 1)[0].sqrt() < threshold).float().mean(dim=(1, 2))
+    recall = (knn(target, pred, 1)[0].sqrt() < threshold).float().mean(dim=(1, 2))
+    return 2 * precision * recall / (precision + recall).clamp_min(1e-12)
+
+
+def interpolate(xyz, center, features):
+    """Features carried from centres to points by inverse squared distance (PointNet++, Sec. 3.4).
+
+    xyz: (B, N, 3), center: (B, G, 3), features: (B, G, C) -> (B, N, C): sum_j w_j features[j] over the 3 nearest centres,
+    w_j proportional to 1 / (d_j^2 + 1e-8), summing to 1. With fewer than 3 centres, all of them.
+    """
+    sqdist, idx = knn(xyz, center, min(3, center.shape[1]))
+    weight = 1 / (sqdist + 1e-8)
+    weight = weight / weight.sum(dim=-1, keepdim=True)
+    return (gather_points(features, idx) * weight[..., None]).sum(dim=2).to(features.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer. One Block for the trunk, the student and its decoder; parameter names are timm's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `prefix` puts further keys and values in front of those of the tokens."""
+
+    def __init__(self, dim, num_heads, qkv_bias=True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of the {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x):
+        """(B, T, n * C) -> n tensors (B, heads, T, C / heads)."""
+        B, T, _ = x.shape
+        return x.view(B, T, -1, self.num_heads, self.proj.in_features // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def keys_values(self, x):
+        """Keys and values alone, for tokens whose own output nobody reads."""
+        C = self.proj.in_features
+        return self.split_heads(F.linear(x, self.qkv.weight[C:], None if self.qkv.bias is None else self.qkv.bias[C:]))
+
+    def forward(self, x, prefix=None):
+        B, T, C = x.shape
+        q, k, v = self.split_heads(self.qkv(x))  # (B, heads, T, C / heads)
+        if prefix is not None:
+            k, v = (torch.cat([p.to(t.dtype).expand(B, -1, -1, -1), t], dim=2) for p, t in zip(prefix, (k, v)))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation CLIP was trained with."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, quick_gelu=False):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = QuickGELU() if quick_gelu else nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (CaiT; DINOv2)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Drops the whole residual branch of a sample with probability p, in training; the rest is scaled by 1 / (1 - p)."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.p)
+        return x * (keep / (1 - self.p))
+
+
+class Block(nn.Module):
+    """Transformer block: pre-norm (ViT, CLIP, the student) or post-norm (BERT). (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, num_heads, mlp_hidden=None, qkv_bias=True, eps=1e-5, norm_first=True, layer_scale=False,
+                 quick_gelu=False, drop_path=0.0):
+        super().__init__()
+        self.norm_first = norm_first
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, mlp_hidden or 4 * dim, quick_gelu)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def prefix(self, prompts):
+        """Keys and values that prompt tokens (1, P, C) contribute to this block's attention."""
+        return self.attn.keys_values(self.norm1(prompts) if self.norm_first else prompts)
+
+    def forward(self, x, prefix=None):
+        if self.norm_first:
+            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), prefix)))
+            return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = self.norm1(x + self.drop_path(self.attn(x, prefix)))
+        return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+@dataclass
+class TrunkConfig:
+    """Sizes and kind of a pretrained Transformer. The second group describes its image side, absent if patch_size = 0."""
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_hidden: int = 3072
+    eps: float = 1e-6
+    norm_first: bool = True
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    quick_gelu: bool = False
+    norm_pre: bool = False  # CLIP's ln_pre
+    final_norm: bool = True  # BERT has none
+
+    patch_size: int = 0
+    patch_bias: bool = True
+    grid: int = 0  # the position table holds grid x grid patches ...
+    num_cls: int = 1  # class tokens: 2 with DeiT's distillation token
+    num_reg: int = 0  # DINOv2's registers, which have no position
+    cls_pos: bool = True  # ... and the class tokens
+
+
+class Trunk(nn.Module):
+    """A plain Transformer: a ViT on images, or its blocks alone on tokens of any origin."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.patch_size:
+            self.patch_embed = nn.Module()
+            self.patch_embed.proj = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=c.patch_bias)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
+            if c.num_cls == 2:
+                self.dist_token = nn.Parameter(torch.zeros(1, 1, c.width))
+            if c.num_reg:
+                self.reg_token = nn.Parameter(torch.zeros(1, c.num_reg, c.width))
+            self.pos_embed = nn.Parameter(torch.zeros(1, c.grid**2 + c.cls_pos * c.num_cls, c.width))
+        self.norm_pre = nn.LayerNorm(c.width, eps=c.eps) if c.norm_pre else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.num_heads, c.mlp_hidden, c.qkv_bias, c.eps, c.norm_first, c.layer_scale, c.quick_gelu)
+            for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width, eps=c.eps) if c.final_norm else nn.Identity()
+        for module in self.modules():  # as timm starts a ViT; a random trunk is the baseline of the pretrained ones
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+
+    def forward_tokens(self, tokens):
+        """The blocks and the final norm alone (CLIP: ln_pre first). (B, T, C) -> (B, T, C)."""
+        tokens = self.norm_pre(tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward_features(self, images):
+        """Images (B, 3, H, W), normalised as the weights' publisher does, -> (B, T, C) after the final norm.
+
+        T: class token(s), registers, then the patches row by row. At a size other than the published one the position
+        table is resampled (bicubic, antialiased, as timm). Raises ValueError for a language model.
+        """
+        c = self.config
+        if not c.patch_size:
+            raise ValueError("this trunk has no image side (a language model, or the blocks of a teacher): use forward_tokens")
+        x = self.patch_embed.proj(images)
+        B, C, H, W = x.shape
+        x = x.flatten(2).transpose(1, 2)  # (B, H W, C)
+        cls = self.cls_token if c.num_cls == 1 else torch.cat([self.cls_token, self.dist_token], dim=1)
+        cls_pos, pos = self.pos_embed.split([self.pos_embed.shape[1] - c.grid**2, c.grid**2], dim=1)
+        if (H, W) != (c.grid, c.grid):
+            pos = pos.transpose(1, 2).unflatten(2, (c.grid, c.grid))
+            pos = F.interpolate(pos, (H, W), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+        cls = cls + cls_pos if c.cls_pos else cls
+        reg = self.reg_token if c.num_reg else x[:1, :0]
+        return self.forward_tokens(torch.cat([cls.expand(B, -1, -1), reg.expand(B, -1, -1), x + pos], dim=1))
+
+
+def init_linear(module):
+    """Truncated normal 0.02 and zero bias: how ViTs, and the release's student, begin."""
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public weights. One table of names per published layout, checked in both directions: a key that no name covers, or a
+# parameter that no key fills, is an error.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_AUGREG = ("https://storage.googleapis.com/vit_models/augreg/{}_16-i21k-300ep-lr_0.001-aug_{}-wd_{}-do_0.0-sd_0.0"
+           "--imagenet2012-steps_20k-lr_{}-res_{}.npz")
+_FAIR = "https://dl.fbaipublicfiles.com/"
+_CLIP = "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/"
+_HF = "https://huggingface.co/"
+_PUBLISHED = {
+    "vit_tiny_patch16_224": _AUGREG.format("Ti", "none", "0.03", "0.03", 224),
+    "vit_small_patch16_384": _AUGREG.format("S", "light1", "0.03", "0.03", 384),
+    "vit_base_patch16_384": _AUGREG.format("B", "medium1", "0.1", "0.01", 384),
+    "deit_tiny_patch16_224": _FAIR + "deit/deit_tiny_patch16_224-a1311bcf.pth",
+    "deit_small_patch16_224": _FAIR + "deit/deit_small_patch16_224-cd65a155.pth",
+    "deit_base_patch16_224": _FAIR + "deit/deit_base_patch16_224-b5f2ef4d.pth",
+    "deit_base_distilled_patch16_384": _FAIR + "deit/deit_base_distilled_patch16_384-d0272ac0.pth",
+    "dino_vits16": _FAIR + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "dino_vitb16": _FAIR + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "dinov2_vits14": _FAIR + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2_vitb14": _FAIR + "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "mae_vit_base": _FAIR + "mae/pretrain/mae_pretrain_vit_base.pth",
+    "clip_vit_b16": _CLIP + "ViT-B-16.pt",
+    "bert_base": _HF + "google-bert/bert-base-uncased/resolve/main/model.safetensors",
+    "roberta_base": _HF + "FacebookAI/roberta-base/resolve/main/model.safetensors",
+    "minilm_l6": _HF + "sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors",
+}
+
+
+def _within(old, new, table):
+    """A table of names moved below a prefix on either side."""
+    return {old + k: new + v for k, v in table.items()}
+
+
+# Tables: {what a key begins with: what that becomes, None: dropped}, the first that fits; `#` is a block's number.
+_OPENAI_BLOCK = {"ln_1.": "norm1.", "attn.in_proj_": "attn.qkv.", "attn.out_proj.": "attn.proj.", "ln_2.": "norm2.",
+                 "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2."}
+_BERT_BLOCK = {"attention.self.query.": "attn.q.", "attention.self.key.": "attn.k.", "attention.self.value.": "attn.v.",
+               "attention.output.dense.": "attn.proj.", "attention.output.LayerNorm.": "norm1.",
+               "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.", "output.LayerNorm.": "norm2."}
+_LAYOUTS = {  # a layout is told by the first name of its table
+    "timm": {
+        **{k: k for k in ("blocks.#.", "cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm.")},
+        "register_tokens": "reg_token",
+        **dict.fromkeys(("head.", "head_dist.", "pre_logits.", "mask_token", "decoder_", "dino_head.", "ibot_head."))},
+    "torchvision": {
+        **_within("encoder.layers.encoder_layer_#.", "blocks.#.", {
+            "ln_1.": "norm1.", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj.": "attn.proj.",
+            "ln_2.": "norm2.", "mlp.0.": "mlp.fc1.", "mlp.3.": "mlp.fc2.",
+            "mlp.linear_1.": "mlp.fc1.", "mlp.linear_2.": "mlp.fc2."}),  # as older releases name them
+        "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj.": "patch_embed.proj.",
+        "encoder.ln.": "norm.", "heads.": None},
+    "huggingface": {
+        **_within("encoder.layer.#.", "blocks.#.", {
+            "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "attention.attention.query.": "attn.q.",
+            "attention.attention.key.": "attn.k.", "attention.attention.value.": "attn.v.", "attention.output.dense.": "attn.proj.",
+            "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.",  # and as transformers 5 has them in memory:
+            "attention.q_proj.": "attn.q.", "attention.k_proj.": "attn.k.", "attention.v_proj.": "attn.v.",
+            "attention.o_proj.": "attn.proj.", "mlp.": "mlp."}),
+        "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed", "layernorm.": "norm.",
+        "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+        **dict.fromkeys(("embeddings.mask_token", "pooler.", "classifier.", "decoder."))},
+    "clip": {
+        **_within("visual.transformer.resblocks.#.", "blocks.#.", _OPENAI_BLOCK),
+        "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed", "visual.conv1.": "patch_embed.proj.",
+        "visual.ln_pre.": "norm_pre.", "visual.ln_post.": "norm.",
+        **dict.fromkeys(("visual.proj", "transformer.", "token_embedding.", "ln_final.", "positional_embedding",
+                         "text_projection", "logit_scale", "input_resolution", "context_length", "vocab_size"))},
+    "jax": {
+        **_within("Transformer/encoderblock_#/", "blocks.#.", {
+            **_within("MultiHeadDotProductAttention_1/", "attn.", {
+                "query/": "q.", "key/": "k.", "value/": "v.", "out/": "proj."}),
+            "LayerNorm_0/": "norm1.", "LayerNorm_2/": "norm2.",
+            "MlpBlock_3/Dense_0/": "mlp.fc1.", "MlpBlock_3/Dense_1/": "mlp.fc2."}),
+        "cls": "cls_token", "Transformer/posembed_input/pos_embedding": "pos_embed", "embedding/": "patch_embed.proj.",
+        "Transformer/encoder_norm/": "norm.", "head/": None, "pre_logits/": None},
+    "bert": {
+        **_within("encoder.layer.#.", "blocks.#.", _BERT_BLOCK),
+        **dict.fromkeys(("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs."))},
+}
+
+
+def pretrained_names():
+    """The names `load_pretrained` knows, each with the public address of its file: {name: url}."""
+    return dict(_PUBLISHED)
+
+
+def _download(name):
+    """Published weights in torch.hub's cache, fetched on first use; hash checked where the publisher gives one."""
+    url = _PUBLISHED[name]
+    # Hugging Face calls every one of its files the same
+    file = f"{name}.safetensors" if url.endswith("/model.safetensors") else url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if path.exists():
+        return path
+    digest = re.search(r"-([0-9a-f]{8})\.pth$|/([0-9a-f]{64})/", url)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # torch.hub offers no other way to bound the wait
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and (digest[1] or digest[2]), progress=True)
+        read_tensors(path)  # a transfer cut short has no hash to fail, and must not stay in the cache
+    except Exception as error:  # whatever the network or the disk trips over
+        if path.exists():
+            path.unlink()
+        raise ValueError(f"weights {name!r}: not in the cache as {path}, and {url} did not give them ({error}); "
+                         "download the file there by other means") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def _read_safetensors(path):
+    """8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then raw little-endian tensors."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+              "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:start]), bytearray(data[start:])
+    state = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        (begin, end), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], entry["shape"]
+        count = math.prod(shape)
+        if not 0 <= begin <= end <= len(body) or count * dtype.itemsize != end - begin:
+            raise ValueError(f"tensor {name} does not fit in the file")
+        state[name] = torch.frombuffer(body, dtype=dtype, count=count, offset=begin).view(shape) if count else torch.empty(shape)
+    return state
+
+
+# Stand in for the numpy scalars and small arrays among a checkpoint's metrics, which nobody reads: none of their code runs.
+_NUMPY_NAMES = [
+    type(name, (), {"__module__": module, "__init__": lambda self, *args: None, "__setstate__": lambda self, state: None})
+    for module, name in (("numpy", "dtype"), ("numpy", "ndarray"), ("_codecs", "encode"),
+                         ("numpy.core.multiarray", "scalar"), ("numpy.core.multiarray", "_reconstruct"),  # numpy 1, and 2:
+                         ("numpy._core.multiarray", "scalar"), ("numpy._core.multiarray", "_reconstruct"))]
+
+
+def read_tensors(path):
+    """What a weight file holds, on the CPU: .pth .pt .bin, .safetensors, .npz or a TorchScript archive, told by content.
+
+    Runs nothing from the file: torch.load admits tensors and plain values only, npz arrays only; a TorchScript archive that
+    brings code to run on loading is refused. Raises ValueError, naming the file, if it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    allowed = list(torch.serialization.get_safe_globals())
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                code = any(b"__setstate__" in archive.read(name) for name in names if name.endswith(".py"))
+            if all(name.endswith(".npy") for name in names):
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            if any(name.endswith("/constants.pkl") for name in names):
+                if code:
+                    raise ValueError("a TorchScript archive with code that runs on loading")
+                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        elif head[8:9] == b"{":
+            return _read_safetensors(path)
+        torch.serialization.add_safe_globals(_NUMPY_NAMES)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes the readers trip over
+        # torch's refusal of a pickle, without its advice to load it unsafely
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a readable weight file, corrupt or of another kind ({reason})") from error
+    finally:  # torch 2.4 has no context manager for this
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def _state_dict(obj, path):
+    """The flat dict of tensors inside the usual wrappings, without the prefixes that wrappers add."""
+    for key in ("model", "state_dict", "teacher", "base_model", "model_state_dict"):
+        if isinstance(obj, dict) and isinstance(obj.get(key), dict):
+            obj = obj[key]
+    state = {k: v for k, v in obj.items() if isinstance(v, torch.Tensor)} if isinstance(obj, dict) else {}
+    if not state:
+        raise ValueError(f"{path}: holds no tensors by name, wanted a state dict")
+    return {re.sub(r"^(module\.|backbone\.|base_model\.|opt/target/)+", "", str(k)): v for k, v in state.items()}
+
+
+def _begins(old, key):
+    """Whether, and how, a key begins with a table's name."""
+    return re.match(re.escape(old).replace(r"\#", r"(\d+)"), key)
+
+
+def _told_by(state, tables):
+    """The first of {name: table} whose table's first entry begins some key, or None."""
+    return next((name for name, table in tables.items() if any(_begins(next(iter(table)), key) for key in state)), None)
+
+
+def _rename(state, table, path):
+    """The state under the table's new names; a key that it does not cover is an error."""
+    out = {}
+    for key, value in state.items():
+        match, new = next(((m, new) for old, new in table.items() if (m := _begins(old, key))), (None, None))
+        if match is None:
+            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) belongs to no known layout of its kind")
+        if new is not None:
+            out[match.expand(new.replace("#", r"\1")) + key[match.end():]] = value
+    return out
+
+
+def _fuse_qkv(state, path):
+    """Separate query, key and value matrices become one, in that order."""
+    for query in [key for key in state if ".attn.q." in key]:
+        keys = [query.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
+        if missing := [key for key in keys if key not in state]:
+            raise ValueError(f"{path}: missing key {missing[0]!r} (after renaming)")
+        state[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(key) for key in keys])
+    return state
+
+
+def _from_jax(key, value):
+    """JAX keeps matrices as (in, out), heads apart, and images as (H, W, in, out). -> key and value as torch has them."""
+    if key == "patch_embed.proj.kernel":
+        value = value.permute(3, 2, 0, 1)
+    elif key.endswith(".kernel"):
+        value = (value.flatten(0, 1) if ".attn.proj." in key else value.flatten(1)).t()
+    elif key.endswith(".bias"):
+        value = value.flatten()
+    return re.sub(r"\.(kernel|scale)$", ".weight", key), value
+
+
+def load_pretrained(name_or_path, num_heads=None):
+    """A pretrained Transformer as a `Trunk` in eval mode, from a name of `pretrained_names()` or a file.
+
+    Layouts: timm / DeiT / MAE / DINO / DINOv2, torchvision, Hugging Face ViT, OpenAI CLIP's visual tower, JAX AugReg .npz,
+    BERT and RoBERTa. Heads: config.json beside the file, else `num_heads`, else what the file says (JAX), else width // 64.
+    Raises ValueError, naming the file, for a file that is missing, corrupt, of another family, or has a stray or a missing key.
+    """
+    name = str(name_or_path)
+    path = _download(name) if name in _PUBLISHED else Path(name)
+    if not path.is_file():
+        raise ValueError(f"{path}: neither a file nor one of the known names: {', '.join(_PUBLISHED)}")
+    state = _state_dict(read_tensors(path), path)
+    beside, config = path.parent / "config.json", {}  # as Hugging Face publishes it
+    if beside.is_file():
+        try:
+            config = dict(json.loads(beside.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{beside}: not a JSON object ({error})") from error
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"{beside}: hidden_act {config['hidden_act']!r}, wanted 'gelu'")
+    roberta = any(k.startswith("roberta.") or "position_embeddings" in k and v.shape[:1] == (514,) for k, v in state.items())
+    for old, new in ((r"^(bert|roberta|vit)\.", ""), (r"^layers\.", "encoder.layer."),
+                     (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")):
+        state = {re.sub(old, new, key): value for key, value in state.items()}
+    layout = _told_by(state, _LAYOUTS)
+    if layout is None:
+        raise ValueError(f"{path}: no Transformer in a known layout ({', '.join(_LAYOUTS)}), keys {', '.join(list(state)[:3])} …")
+    eps = {"huggingface": 1e-12, "bert": 1e-5 if roberta else 1e-12, "clip": 1e-5}.get(layout, 1e-6)
+    heads = config.get("num_attention_heads") or num_heads or {"minilm_l6": 12}.get(name)
+    state = _rename(state, _LAYOUTS[layout], path)
+    try:
+        if layout == "jax":
+            heads = heads or state["blocks.0.attn.q.kernel"].shape[1]
+            state = dict(_from_jax(*item) for item in state.items())
+        state = _fuse_qkv({k: v.float() for k, v in state.items()}, path)
+        sizes = _trunk_config(state, path, heads, eps=config.get("layer_norm_eps", eps), norm_first=layout != "bert",
+                              final_norm=layout != "bert", quick_gelu=layout == "clip")
+        for key in {"cls_token", "pos_embed"} & set(state):  # CLIP leaves out the batch dimensions
+            state[key] = state[key].reshape(1, -1, sizes.width)
+        trunk = Trunk(sizes)
+    except (RuntimeError, IndexError, KeyError) as error:
+        raise ValueError(f"{path}: a tensor is missing or of an unexpected shape ({error})") from error
+    return load_exactly(trunk, state, path).eval()
+
+
+def _trunk_config(state, path, num_heads=None, **kind):
+    """Sizes of a trunk read off its tensors, under our names; the rest is `kind`."""
+    if missing := [k for k in ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight") if k not in state]:
+        raise ValueError(f"{path}: missing key {missing[0]!r} (after renaming)")
+    width = state["blocks.0.attn.qkv.weight"].shape[1]
+    heads = num_heads or max(1, width // 64)
+    if not isinstance(heads, int) or heads < 1 or width < 1 or width % heads:
+        raise ValueError(f"{path}: width {width} is not a multiple of num_heads {heads!r} (given, config.json's, or width // 64)")
+    config = TrunkConfig(
+        width=width, depth=len({m[1] for k in state if (m := _begins("blocks.#.", k))}), num_heads=heads,
+        mlp_hidden=state["blocks.0.mlp.fc1.weight"].shape[0], qkv_bias="blocks.0.attn.qkv.bias" in state,
+        layer_scale="blocks.0.ls1.gamma" in state, norm_pre="norm_pre.weight" in state, **kind)
+    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} & state.keys():
+        table = state["pos_embed"].numel() // width
+        config.patch_size = state["patch_embed.proj.weight"].shape[-1]
+        config.patch_bias = "patch_embed.proj.bias" in state
+        config.grid = math.isqrt(table)
+        config.num_cls = 1 + ("dist_token" in state)
+        config.num_reg = state["reg_token"].shape[1] if "reg_token" in state else 0
+        config.cls_pos = table != config.grid**2
+    return config
+
+
+def load_exactly(model, state, path, fresh=()):
+    """Loads a state dict whose keys and shapes must be the model's, but for the parameters under the prefixes `fresh`.
+
+    Raises ValueError naming the file and the first missing or stray key or differing shape. Returns the model.
+    """
+    own = model.state_dict()
+    wrong = {"missing": [k for k in own if k not in state and not k.startswith(tuple(fresh))],
+             "stray": [k for k in state if k not in own]}
+    found = [f"{word} key {keys[0]!r} ({len(keys)} in all)" for word, keys in wrong.items() if keys]
+    if found:
+        raise ValueError(f"{path}: {' and '.join(found)}, wanted exactly the parameters of a {type(model).__name__}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise ValueError(f"{path}: {key!r} has shape {tuple(value.shape)}, wanted {tuple(own[key].shape)}")
+    model.load_state_dict(state, strict=not fresh)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches
+# ---------------------------------------------------------------------------------------------------------------------
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over all axes but the last, across all processes: (..., C) -> (..., C).
+
+    torch's SyncBatchNorm is for GPUs only; this one also counts uneven shares right.
+    """
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if not self.training or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return super().forward(rows).view_as(x)
+        rows = rows.float()
+        from torch.distributed.nn.functional import all_reduce as reduce  # `import torch` alone does not bring it
+        total = reduce(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        var = reduce((rows - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return ((rows - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype).view_as(x)
+
+
+class PatchEmbed(nn.Module):
+    """Mini-PointNet (PointNet, Sec. 4.2; here Sec. 4.1): one vector per patch. (..., S, 3) -> (..., C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.first_conv = nn.Sequential(nn.Linear(3, 128), BatchNorm(128), nn.ReLU(), nn.Linear(128, 256))
+        self.second_conv = nn.Sequential(nn.Linear(512, 512), BatchNorm(512), nn.ReLU(), nn.Linear(512, dim))
+
+    def forward(self, neighborhood):
+        point = self.first_conv(neighborhood)  # (..., S, 256)
+        patch = point.amax(dim=-2)  # (..., 256)
+        # Linear([patch ; point]) = its patch half, once per patch, + its point half
+        linear = self.second_conv[0]
+        patch = F.linear(patch, linear.weight[:, :256], linear.bias)
+        x = F.linear(point, linear.weight[:, 256:]) + patch.unsqueeze(-2)  # (..., S, 512)
+        return self.second_conv[1:](x).amax(dim=-2)
+
+
+def pos_mlp(dim):
+    """Position of a patch: an MLP of its centre (Sec. 4.1)."""
+    return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teacher: stage I (Sec. 4.1), a discrete VAE around a frozen pretrained Transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+def group_norm(x, norm):
+    """GroupNorm with channels last, statistics over all axes but the first: (B, ..., C) -> scale, shift (B, C) each."""
+    B, C = x.shape[0], x.shape[-1]
+    var, mean = torch.var_mean(x.float().view(B, -1, C), dim=1, correction=0)  # (B, C)
+    mean, var = mean.view(B, norm.num_groups, -1), var.view(B, norm.num_groups, -1)
+    center = mean.mean(dim=2, keepdim=True)
+    var = var.mean(dim=2, keepdim=True) + (mean - center).square().mean(dim=2, keepdim=True)
+    scale = (var + norm.eps).rsqrt() * norm.weight.view(norm.num_groups, -1)  # (B, groups, C / groups)
+    return scale.view(B, C), (norm.bias.view(norm.num_groups, -1) - center * scale).view(B, C)
+
+
+class EdgeConv(nn.Sequential):
+    """Edge convolution (DGCNN, Sec. 3.1): max_j LeakyReLU(GroupNorm(W [f_j - f_i ; f_i])) over the neighbours j of i."""
+
+    def __init__(self, dim, out):
+        super().__init__(nn.Linear(2 * dim, out, bias=False), nn.GroupNorm(4, out))
+
+    def forward(self, f, graph):
+        linear, norm = self
+        # W [f_j - f_i ; f_i] = W1 f_j + (W2 - W1) f_i: two products per point instead of one per edge
+        w1, w2 = linear.weight.chunk(2, dim=1)
+        edge = gather_points(F.linear(f, w1), graph) + F.linear(f, w2 - w1)[:, :, None]  # (B, G, K, out)
+        scale, shift = (t[:, None] for t in group_norm(edge, norm))
+        # an affine map and LeakyReLU keep order (or reverse it), so the maximum can be taken first
+        edge = torch.where(scale >= 0, edge.amax(dim=2), edge.amin(dim=2))  # (B, G, out)
+        return F.leaky_relu(edge * scale + shift, 0.2)
+
+
+class DGCNN(nn.Module):
+    """Four EdgeConvs on the graph of the nearest centres, their outputs concatenated. (B, G, in) -> (B, G, out)."""
+
+    def __init__(self, dim, out):
+        super().__init__()
+        self.input_trans = nn.Linear(dim, 128)
+        self.layer1 = EdgeConv(128, 256)
+        self.layer2 = EdgeConv(256, 512)
+        self.layer3 = EdgeConv(512, 512)
+        self.layer4 = EdgeConv(512, 1024)
+        self.layer5 = nn.Sequential(nn.Linear(2304, out, bias=False), nn.GroupNorm(4, out))
+
+    def forward(self, f, graph):
+        f1 = self.layer1(self.input_trans(f), graph)
+        f2 = self.layer2(f1, graph)
+        f3 = self.layer3(f2, graph)
+        f4 = self.layer4(f3, graph)
+        f = self.layer5[0](torch.cat([f1, f2, f3, f4], dim=-1))
+        scale, shift = group_norm(f, self.layer5[1])
+        return F.leaky_relu(f * scale[:, None] + shift[:, None], 0.2)
+
+
+class FoldingDecoder(nn.Module):
+    """FoldingNet: a feature per patch -> S/4 coarse points, each unfolded on a 2 x 2 grid -> S fine points."""
+
+    def __init__(self, dim, group_size):
+        super().__init__()
+        if group_size % 4:
+            raise ValueError(f"group_size must be a multiple of 4, found {group_size}")
+        self.mlp = nn.Sequential(nn.Linear(dim, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
+                                 nn.Linear(1024, 3 * group_size // 4))
+        self.final_conv = nn.Sequential(nn.Linear(dim + 5, 512), BatchNorm(512), nn.ReLU(),
+                                        nn.Linear(512, 512), BatchNorm(512), nn.ReLU(), nn.Linear(512, 3))
+        grid = torch.tensor([[-0.05, -0.05], [0.05, -0.05], [-0.05, 0.05], [0.05, 0.05]])  # the first varies fastest
+        self.register_buffer("grid", grid, persistent=False)
+
+    def forward(self, feature):
+        B, G, C = feature.shape
+        coarse = self.mlp(feature).view(B, G, -1, 3).float()  # (B, G, S/4, 3)
+        # Linear([feature ; grid ; coarse]) in three parts: once per patch, per grid point, per coarse point
+        linear = self.final_conv[0]
+        w_feature, w_grid, w_coarse = linear.weight.split([C, 2, 3], dim=1)
+        x = (F.linear(feature, w_feature, linear.bias)[:, :, None] + F.linear(coarse, w_coarse))[:, :, :, None]
+        x = x + F.linear(self.grid, w_grid)  # (B, G, S/4, 4, 512)
+        fine = self.final_conv[1:](x).float() + coarse[:, :, :, None]
+        return coarse, fine.flatten(2, 3)  # (B, G, S, 3): fine point 4 m + s belongs to coarse point m
+
+
+@dataclass
+class TeacherConfig:
+    """Sizes of the stage I autoencoder; the defaults are the paper's."""
+    num_group: int = 64
+    group_size: int = 32
+    encoder_dims: int = 384
+    tokens_dims: int = 384
+    decoder_dims: int = 384
+    num_tokens: int = 8192  # codes
+    prompt: str = "deep"  # deep, shallow or none
+    num_prompt: int = 64
+    prompt_dropout: float = 0.1
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    weights: str = "random"  # what the trunk was initialised from
+
+    def __post_init__(self):
+        if isinstance(self.trunk, dict):  # from a checkpoint
+            self.trunk = TrunkConfig(**self.trunk)
+        if self.prompt not in ("deep", "shallow", "none"):
+            raise ValueError(f"prompt must be deep, shallow or none, found {self.prompt!r}")
+
+
+class TeacherOutput(NamedTuple):
+    coarse: torch.Tensor  # (B, G, S/4, 3), relative to the centres, as are fine and neighborhood
+    fine: torch.Tensor  # (B, G, S, 3)
+    neighborhood: torch.Tensor  # (B, G, S, 3)
+    center: torch.Tensor  # (B, G, 3)
+    logits: torch.Tensor  # (B, G, codes)
+
+
+class Teacher(nn.Module):
+    """The 3D autoencoder (Sec. 4.1): patches -> codes -> prompted frozen trunk -> features -> patches.
+
+    Everything is trained but the trunk, whose gradients, statistics and dropout are off for good.
+    """
+
+    def __init__(self, config=None, trunk=None):
+        super().__init__()
+        c = self.config = config or TeacherConfig()
+        if trunk is not None:
+            c.trunk = trunk.config
+        c.trunk = replace(c.trunk, patch_size=0)  # its image side is dropped
+        self.trunk = Trunk(c.trunk)
+        if trunk is not None:
+            own = self.trunk.state_dict()
+            self.trunk.load_state_dict({k: v for k, v in trunk.state_dict().items() if k in own})
+        self.trunk.requires_grad_(False).eval()
+        self.encoder = PatchEmbed(c.encoder_dims)
+        self.dgcnn_1 = DGCNN(c.encoder_dims, c.num_tokens)
+        self.codebook = nn.Parameter(torch.randn(c.num_tokens, c.tokens_dims))
+        width, depth = c.trunk.width, c.trunk.depth
+        self.proj_pre = nn.Linear(c.tokens_dims, width)
+        self.visual_pos_embed = pos_mlp(width)
+        self.proj_post = nn.Linear(width, c.tokens_dims)
+        if c.prompt != "none":
+            self.visual_prompt_token = nn.Parameter(torch.empty(1, c.num_prompt, width))
+            self.visual_prompt_pos = nn.Parameter(torch.empty(1, c.num_prompt, width))
+        if c.prompt == "deep":
+            self.deep_prompt_tokens = nn.Parameter(torch.empty(depth - 1, c.num_prompt, width))
+            self.deep_prompt_pos = nn.Parameter(torch.empty(depth - 1, c.num_prompt, width))
+        for name, parameter in self.named_parameters():
+            if "prompt" in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        self.dgcnn_2 = DGCNN(c.tokens_dims, c.decoder_dims)
+        self.decoder = FoldingDecoder(c.decoder_dims, c.group_size)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def prefix(self):
+        """Deep prompts as keys and values, one pair per layer, each (1, heads, P, C / heads); else None.
+
+        The outputs at prompt positions are thrown away at every layer, so neither query, projection nor MLP is needed
+        there; and they do not depend on the cloud: one pass serves the batch, or a whole run once the teacher is fixed.
+        """
+        if self.config.prompt != "deep":
+            return None
+        drop = self.config.prompt_dropout
+        tokens = [F.dropout(t, drop, self.training) for t in (self.visual_prompt_token, *self.deep_prompt_tokens.split(1))]
+        tokens[0] = self.trunk.norm_pre(tokens[0])
+        pos = [self.visual_prompt_pos, *self.deep_prompt_pos.split(1)]
+        return [block.prefix(t + p) for block, t, p in zip(self.trunk.blocks, tokens, pos)]
+
+    def visual(self, tokens, center, prefix=None):
+        """The prompted trunk, positions added at every block. tokens: (B, G, D), center: (B, G, 3) -> (B, G, D)."""
+        c = self.config
+        x, pos = self.proj_pre(tokens), self.visual_pos_embed(center)  # (B, G, width)
+        first = 0
+        if c.prompt == "shallow":
+            first = c.num_prompt
+            prompt = F.dropout(self.visual_prompt_token.expand(len(x), -1, -1), c.prompt_dropout, self.training)
+            x = torch.cat([prompt.to(x.dtype), x], dim=1)
+            pos = torch.cat([self.visual_prompt_pos.expand(len(x), -1, -1).to(pos.dtype), pos], dim=1)
+        x = self.trunk.norm_pre(x)
+        prefix = prefix or self.prefix() or [None] * c.trunk.depth
+        for block, kv in zip(self.trunk.blocks, prefix):
+            x = block(x + pos, kv)
+        return self.proj_post(self.trunk.norm(x)[:, first:])
+
+    def tokenize(self, neighborhood, center):
+        """Index of each patch's code: (B, G, S, 3), (B, G, 3) -> (B, G) int64."""
+        return self.logits(neighborhood, knn(center, center, 4)[1]).argmax(dim=-1)
+
+    def logits(self, neighborhood, graph):
+        return self.dgcnn_1(self.encoder(neighborhood), graph).float()  # (B, G, codes)
+
+    def features(self, neighborhood, center, prefix=None):
+        """The target of distillation: features of the argmax codes. (B, G, S, 3), (B, G, 3) -> (B, G, D).
+
+        Deterministic in eval mode. `prefix` is what `prefix()` returned, if it was computed before.
+        """
+        graph = knn(center, center, 4)[1]
+        codes = self.logits(neighborhood, graph).argmax(dim=-1)
+        return self.dgcnn_2(self.visual(F.embedding(codes, self.codebook), center, prefix), graph)
+
+    def forward(self, xyz, temperature=1.0, hard=False):
+        """Autoencodes clouds (B, N, 3). Gumbel noise in train mode only; in eval mode softmax, or argmax if `hard`."""
+        neighborhood, center = group_points(xyz, self.config.num_group, self.config.group_size)
+        graph = knn(center, center, 4)[1]  # a centre is its own first neighbour
+        logits = self.logits(neighborhood, graph)
+        if self.training:
+            tokens = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=-1) @ self.codebook
+        elif hard:
+            tokens = F.embedding(logits.argmax(dim=-1), self.codebook)  # one-hot times codebook
+        else:
+            tokens = F.softmax(logits / temperature, dim=-1) @ self.codebook
+        coarse, fine = self.decoder(self.dgcnn_2(self.visual(tokens, center), graph))
+        return TeacherOutput(coarse, fine, neighborhood, center, logits)
+
+
+def teacher_loss(output, kl_weight):
+    """Stage I loss: (total, reconstruction, kl), total = reconstruction + kl_weight * kl.
+
+    reconstruction: CD-L1 of the coarse and of the fine points to the patch, summed. kl: KL(uniform || q), q the codes'
+    probabilities averaged over the G patches of a cloud; summed over codes, mean over clouds.
+    """
+    target = output.neighborhood.flatten(0, 1)  # (B G, S, 3)
+    reconstruction = chamfer_distance(output.coarse.flatten(0, 1), target) + chamfer_distance(output.fine.flatten(0, 1), target)
+    G, codes = output.logits.shape[1:]
+    log_q = torch.logsumexp(F.log_softmax(output.logits, dim=-1), dim=1) - math.log(G)  # (B, codes)
+    kl = -math.log(codes) - log_q.mean()
+    return reconstruction + kl_weight * kl, reconstruction, kl
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Student: stage II (Sec. 4.2), masked modelling against the teacher's features
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_mask(center, ratio, generator=None):
+    """Hides int(ratio * G) random patches of each cloud. center: (B, G, 3) -> (B, G) bool, True = hidden."""
+    B, G, _ = center.shape
+    device = generator.device if generator is not None else center.device
+    rank = torch.rand(B, G, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
+    return rank < int(ratio * G)
+
+
+def block_mask(center, ratio, generator=None):
+    """Hides the int(ratio * G) patches nearest to a random one of each cloud. (B, G, 3) -> (B, G) bool, True = hidden."""
+    B, G, _ = center.shape
+    device = generator.device if generator is not None else center.device
+    seed = torch.randint(G, (B, 1), generator=generator, device=device).to(center.device)
+    _, idx = knn(gather_points(center, seed), center, max(1, int(ratio * G)))
+    mask = torch.zeros(B, G, dtype=torch.bool, device=center.device)
+    return mask.scatter_(1, idx[:, 0], int(ratio * G) > 0)
+
+
+def split_mask(mask, device):
+    """Indices of the visible (B, V) and of the masked (B, M) groups, each ascending.
+
+    A mask on the CPU is counted there and spares a GPU the synchronisation. Raises ValueError if the counts differ.
+    """
+    counts = mask.sum(dim=1).tolist()
+    M = counts[0]
+    if min(counts) != max(counts):
+        raise ValueError(f"a mask must hide equally many groups of every cloud, found {counts}")
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True).to(device, non_blocking=True)
+    return order[:, : mask.shape[1] - M], order[:, mask.shape[1] - M :]
+
+
+@dataclass
+class EncoderConfig:
+    """Sizes of the 3D Transformer; the defaults are the paper's."""
+    num_group: int = 64
+    group_size: int = 32
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    encoder_dims: int = 384  # of the patch embedding
+    drop_path: float = 0.1
+
+
+@dataclass
+class StudentConfig(EncoderConfig):
+    decoder_depth: int = 2
+    target_dim: int = 384
+
+
+class Encoder(nn.Module):
+    """The plain 3D Transformer that is pretrained: patch embedding, pre-norm blocks without qkv bias, LayerNorm."""
+
+    def __init__(self, config, cls_token=True):
+        super().__init__()
+        c = config
+        self.patch_embed = PatchEmbed(c.encoder_dims)
+        self.reduce_dim = nn.Linear(c.encoder_dims, c.width) if c.encoder_dims != c.width else nn.Identity()
+        self.pos_embed = pos_mlp(c.width)
+        self.blocks = nn.ModuleList(Block(c.width, c.num_heads, qkv_bias=False, drop_path=p)
+                                    for p in torch.linspace(0, c.drop_path, c.depth).tolist())
+        self.norm = nn.LayerNorm(c.width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        self.cls_token = self.cls_pos = None
+        if cls_token:
+            self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, c.width), std=0.02))
+            self.cls_pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, c.width), std=0.02))
+
+    def embed(self, neighborhood, center):
+        """Tokens and positions, the class token (if there is one) in front: (B, 1 + V, C) each."""
+        x, pos = self.reduce_dim(self.patch_embed(neighborhood)), self.pos_embed(center)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            pos = torch.cat([self.cls_pos.expand(len(x), -1, -1).to(pos.dtype), pos], dim=1)
+        return x, pos
+
+    def forward(self, neighborhood, center, mask=None):
+        """(B, G, S, 3), (B, G, 3), mask (B, G) bool, True = hidden -> (B, 1 + V, C), class token first.
+
+        Only the visible patches are embedded, so that BatchNorm sees those alone.
+        """
+        if mask is not None:
+            visible, _ = split_mask(mask, center.device)
+            B, V = visible.shape
+            neighborhood = gather_points(neighborhood.flatten(2), visible).view(B, V, -1, 3)
+            center = gather_points(center, visible)
+        x, pos = self.embed(neighborhood, center)
+        for block in self.blocks:
+            x = block(x + pos)
+        return self.norm(x)
+
+    def layers(self, neighborhood, center, depths):
+        """The normed tokens after the blocks numbered `depths` (from 1): a list of (B, G, C)."""
+        x, pos = self.embed(neighborhood, center)
+        out = {}
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x + pos)
+            if i in depths:
+                out[i] = self.norm(x)
+        return [out[i] for i in depths]  # a shallow encoder may be asked for one depth twice
+
+
+class Student(nn.Module):
+    """Masked modelling (Sec. 4.2): the encoder sees the visible patches, the decoder predicts the masked ones' targets."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        c = self.config = config or StudentConfig()
+        self.encoder = Encoder(c)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, c.width), std=0.02))
+        self.decoder_pos_embed = pos_mlp(c.width)
+        self.decoder = nn.ModuleDict({
+            "blocks": nn.ModuleList(Block(c.width, c.num_heads, qkv_bias=False, drop_path=p)
+                                    for p in torch.linspace(0, c.drop_path, c.decoder_depth).tolist()),
+            "norm": nn.LayerNorm(c.width)})
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Linear):  # as the release
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.head = nn.Linear(c.width, c.target_dim)
+
+    def forward(self, neighborhood, center, mask):
+        """Predictions at the masked groups, in group order: (B, G, S, 3), (B, G, 3), (B, G) bool -> (B, M, D)."""
+        visible, masked = split_mask(mask, center.device)
+        x = self.encoder(neighborhood, center, mask)[:, 1:]  # (B, V, C)
+        pos = self.decoder_pos_embed(gather_points(center, torch.cat([visible, masked], dim=1)))
+        B, M = masked.shape
+        x = torch.cat([x, self.mask_token.expand(B, M, -1).to(x.dtype)], dim=1)  # (B, G, C)
+        for block in self.decoder["blocks"]:
+            x = block(x + pos)
+        return self.head(self.decoder["norm"](x[:, x.shape[1] - M :]))  # not -M: M may be 0
+
+    def encode(self, xyz):
+        """All tokens of whole clouds, class token first: (B, N, 3) -> (B, 1 + G, C)."""
+        return self.encoder(*group_points(xyz, self.config.num_group, self.config.group_size))
+
+
+def distillation_loss(prediction, target, kind="cosine"):
+    """Stage II loss of predictions (..., D) and targets of the same shape -> scalar.
+
+    cosine: mean over tokens of 1 - cos; smooth_l1 (beta = 1) and l2 (squared error): mean over all elements.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    prediction, target = prediction.float(), target.float()
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(prediction, target)
+    if kind == "l2":
+        return F.mse_loss(prediction, target)
+    raise ValueError(f"loss must be cosine, smooth_l1 or l2, found {kind!r}")
+
+
+def global_feature(tokens):
+    """[class token ; max over the other tokens]: (B, 1 + G, C) -> (B, 2 C), the feature of transfer (Sec. 5)."""
+    return torch.cat([tokens[:, 0], tokens[:, 1:].amax(dim=1)], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downstream heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ClassifierConfig(EncoderConfig):
+    num_classes: int = 40
+    head: str = "mlp3"  # mlp3 or linear
+
+
+class Classifier(nn.Module):
+    """The pretrained encoder and a head on [class token ; max]: (B, N, 3) -> logits (B, classes)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.head not in ("mlp3", "linear"):
+            raise ValueError(f"head must be mlp3 or linear, found {c.head!r}")
+        self.frozen = False
+        self.encoder = Encoder(c)
+        self.head = nn.Sequential(nn.Linear(2 * c.width, c.num_classes)) if c.head == "linear" else nn.Sequential(
+            nn.Linear(2 * c.width, 256), BatchNorm(256), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(256, 256), BatchNorm(256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, c.num_classes))
+
+    def freeze_encoder(self):
+        """Frozen is frozen: no gradients, fixed statistics, no drop path, the class token and its position included."""
+        self.frozen = True
+        self.encoder.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def forward(self, xyz):
+        return self.head(global_feature(self.encoder(*group_points(xyz, self.config.num_group, self.config.group_size))))
+
+
+@dataclass
+class SegmenterConfig(EncoderConfig):
+    num_group: int = 128
+    num_parts: int = 50
+    num_categories: int = 16  # 0: scenes, whose points belong to no given object category
+
+
+class Segmenter(nn.Module):
+    """The pretrained encoder (without class token) and a label per point: (B, N, 3) -> logits (B, N, parts)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.encoder = Encoder(c, cls_token=False)
+        self.depths = [max(1, c.depth * i // 3) for i in (1, 2, 3)]  # 4, 8, 12 of 12
+        dim = 3 * c.width
+        if c.num_categories:
+            self.label_conv = nn.Sequential(nn.Linear(c.num_categories, 64, bias=False), BatchNorm(64), nn.LeakyReLU(0.2))
+        self.propagation = nn.Sequential(nn.Linear(dim + 3, 4 * c.width), BatchNorm(4 * c.width), nn.ReLU(),
+                                         nn.Linear(4 * c.width, 1024), BatchNorm(1024), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(1024 + 2 * dim + (64 if c.num_categories else 0), 512), BatchNorm(512), nn.ReLU(),
+                                  nn.Dropout(0.5), nn.Linear(512, 256), BatchNorm(256), nn.ReLU(), nn.Linear(256, c.num_parts))
+
+    def forward(self, xyz, category=None):
+        """`category`: (B,) int64 index of the given object category, wanted if and only if the model was built with some."""
+        c = self.config
+        if (category is None) != (c.num_categories == 0):
+            raise ValueError(f"this Segmenter has {c.num_categories} object categories: category must "
+                             + ("be given" if category is None else "be None"))
+        neighborhood, center = group_points(xyz, c.num_group, c.group_size)
+        tokens = torch.cat(self.encoder.layers(neighborhood, center, self.depths), dim=-1)  # (B, G, 3 C)
+        whole = [tokens.amax(dim=1), tokens.mean(dim=1)]
+        if category is not None:
+            whole.append(self.label_conv(F.one_hot(category, c.num_categories).to(tokens.dtype)))
+        point = self.propagation(torch.cat([xyz.to(tokens.dtype), interpolate(xyz, center, tokens)], dim=-1))  # (B, N, 1024)
+        linear = self.head[0]  # its part on the whole cloud's features: once per cloud, not once per point
+        x = F.linear(torch.cat(whole, dim=-1), linear.weight[:, 1024:], linear.bias)[:, None]
+        return self.head[1:](x + F.linear(point, linear.weight[:, :1024]))
+
+
+def linear_svm(features, labels, num_classes, C=1.0):
+    """One-against-rest linear SVM, full batch: min 1/2 |w|^2 + C sum_i max(0, 1 - y_i w.x_i)^2 for each class.
+
+    features: (n, D), labels: (n,) int64 -> weights (D + 1, classes) float64, the last row the intercept, which is
+    penalised too, as in LIBLINEAR. Deterministic.
+    """
+    x = torch.cat([features.double(), features.new_ones(len(features), 1).double()], dim=1)
+    y = 2.0 * F.one_hot(labels, num_classes).double() - 1
+    w = torch.zeros(x.shape[1], num_classes, dtype=torch.float64, device=x.device, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=1e-6 * len(x), tolerance_change=1e-12, history_size=20,
+                               line_search_fn="strong_wolfe")
+
+    def objective():
+        solver.zero_grad()
+        value = w.square().sum() / 2 + C * (1 - y * (x @ w)).clamp_min(0).square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(objective)
+    return w.detach()
+
+
+def svm_accuracy(train, train_labels, test, test_labels, C=1.0):
+    """Percent of the test features that a linear SVM on the train features labels right (Sec. 5's linear SVM)."""
+    w = linear_svm(train, train_labels, int(max(train_labels.max(), test_labels.max())) + 1, C)
+    scores = test.double() @ w[:-1] + w[-1]
+    return 100 * (scores.argmax(dim=1) == test_labels.to(scores.device)).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: ours, and those of the public release and its relatives
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ENCODER = {"encoder.": "encoder.patch_embed.", "blocks.blocks.": "encoder.blocks.",
+            **{name: "encoder." + name for name in ("cls_token", "cls_pos", "pos_embed.", "reduce_dim.", "norm.")}}
+_RELEASE = {  # tables as those of the public weights: a kind is told by the first name of its table
+    "Student": {
+        **_within("ACT_encoder.", "", _ENCODER), "ACT_decoder.": "decoder.", "mask_token": "mask_token",
+        "decoder_pos_embed.": "decoder_pos_embed.", "increase_dim.0.": "head.", "proj_head.0.": "head.", "proj_head.": "head.",
+        **dict.fromkeys(("ACT_encoder.lm_head.", "ACT_encoder.cls_head.", "dvae_tokenizer."))},
+    "Teacher": {
+        **{name: name for name in ("codebook", "encoder.", "dgcnn_1.", "dgcnn_2.", "decoder.", "proj_pre.", "proj_post.",
+                                   "visual_pos_embed.", "visual_prompt_", "deep_prompt_")},
+        **_within("visual_embed.0.layer.#.", "trunk.blocks.#.", _BERT_BLOCK),
+        **_within("visual_embed.1.#.", "trunk.blocks.#.", _OPENAI_BLOCK), "visual_embed.0.#.": "trunk.blocks.#.",
+        "visual_embed.0.": "trunk.norm_pre.", "visual_embed.1.": "trunk.norm.", "visual_embed.2.": "trunk.norm."},
+    "Segmenter": {
+        "convs3.": "head.7.", "convs2.": "head.4.", "bns2.": "head.5.", "convs1.": "head.0.", "bns1.": "head.1.",
+        **_within("propagation_0.mlp_", "propagation.", {"convs.0.": "0.", "bns.0.": "1.", "convs.1.": "3.", "bns.1.": "4."}),
+        "label_conv.": "label_conv.", **_ENCODER},
+    "Classifier": {"cls_head_finetune.": "head.", **_ENCODER},
+}
+_KINDS = {"Teacher": (Teacher, TeacherConfig), "Student": (Student, StudentConfig),
+          "Classifier": (Classifier, ClassifierConfig), "Segmenter": (Segmenter, SegmenterConfig)}
+
+
+def load(path, device="cpu", **sizes):
+    """The Teacher, Student, Classifier or Segmenter that a checkpoint holds, in eval mode.
+
+    Reads our checkpoints and those of the public release and Point-MAE. Sizes are read off the tensors; what those cannot
+    say comes from `sizes`, else it is the paper's value: heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with
+    a downstream head), group_size 32. A Point-MAE student has no class token: it starts fresh, with a warning.
+    Raises ValueError, naming the file, if it is missing, corrupt, of no known kind, or a key is stray or missing.
+    """
+    obj = read_tensors(path)
+    state = _state_dict(obj, path)
+    if str(obj.get("kind")) in _KINDS and isinstance(obj.get("config"), dict):
+        kind, config, fresh = obj["kind"], obj["config"], ()
+    else:
+        kind, config, state, fresh = _from_release(state, path)
+    cls, config_cls = _KINDS[kind]
+    known = {f.name for f in fields(config_cls)} | {"num_heads"}
+    if unknown := set(sizes) - known:
+        raise ValueError(f"{path}: holds a {kind}, which has no size {min(unknown)!r}; its sizes: {', '.join(sorted(known))}")
+    config = {**config, **sizes}
+    if kind == "Teacher" and "num_heads" in config:
+        config["trunk"] = {**config["trunk"], "num_heads": config.pop("num_heads")}
+    try:
+        model = cls(config_cls(**config))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its sizes make no {kind} ({error})") from error
+    if fresh:
+        warnings.warn(f"{path}: has no class token: encoder.cls_token and encoder.cls_pos start fresh")
+    return load_exactly(model, state, path, fresh).to(device).eval()
+
+
+def _from_release(state, path):
+    """(kind, config, state under our names, prefixes that start fresh) of a checkpoint of the public release or Point-MAE."""
+    fresh = ("encoder.cls_",) if any(key.startswith("MAE_encoder.") for key in state) else ()  # Point-MAE has no class token
+    for old, new in ((r"^MAE_", "ACT_"), (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1.")):
+        state = {re.sub(old, new, key): value for key, value in state.items()}
+    if _told_by(state, _RELEASE) is None:
+        state = {key.removeprefix("dvae_tokenizer."): value for key, value in state.items()}
+    kind = _told_by(state, _RELEASE)
+    if kind is None:
+        raise ValueError(f"{path}: holds no {', '.join(_RELEASE)} of a known form; its keys: {', '.join(list(state)[:3])} …")
+    state = _fuse_qkv(_rename(state, _RELEASE[kind], path), path)
+    # convolutions of size 1 are products: (out, in, 1) or (out, in, 1, 1) -> (out, in)
+    state = {k: v.flatten(1) if k.endswith(".weight") and v.ndim > 2 else v for k, v in state.items()}
+    try:
+        config = _teacher_sizes(state, path) if kind == "Teacher" else _student_sizes(kind, state)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: the sizes of a {kind} cannot be read off: no {error.args[0]}") from error
+    if fresh:
+        config["group_size"] = config["target_dim"] // 3  # Point-MAE predicts the points
+    return kind, config, state, fresh
+
+
+def _student_sizes(kind, state):
+    width = len(state["encoder.norm.weight"])
+    depth = {part: len({m[1] for k in state if (m := _begins(part + ".blocks.#.", k))}) for part in ("encoder", "decoder")}
+    config = dict(width=width, depth=depth["encoder"], num_heads=max(1, width // 64),
+                  encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
+    if kind == "Student":
+        return dict(config, decoder_depth=depth["decoder"], target_dim=len(state["head.weight"]))
+    if kind == "Classifier":
+        head, last = ("mlp3", "head.8.weight") if "head.8.weight" in state else ("linear", "head.0.weight")
+        return dict(config, num_group=128, num_classes=len(state[last]), head=head)
+    category = state["label_conv.0.weight"].shape[1] if "label_conv.0.weight" in state else 0
+    return dict(config, num_group=128, num_parts=len(state["head.7.weight"]), num_categories=category)
+
+
+def _teacher_sizes(state, path):
+    trunk = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
+    bert, clip = "norm.weight" not in trunk, "norm_pre.weight" in trunk
+    prompt = state.get("visual_prompt_token", torch.empty(1, 0))
+    return dict(
+        group_size=len(state["decoder.mlp.4.weight"]) * 4 // 3, encoder_dims=len(state["encoder.second_conv.3.weight"]),
+        num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1],
+        decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), num_prompt=prompt.shape[1],
+        prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompt.shape[1] else "none", weights=Path(path).name,
+        trunk=asdict(_trunk_config(trunk, path, eps=1e-12 if bert else 1e-5 if clip else 1e-6, norm_first=not bert,
+                                   final_norm=not bert, quick_gelu=clip)))
+
+
+def export(student, path):
+    """Writes our Student in the public release's names and file form, for its fine-tuning scripts. Atomic."""
+    table = {new: old for old, new in _RELEASE["Student"].items() if new}  # backwards; of a head's names, the last: proj_head
+    state = {k: v.detach().cpu() for k, v in _rename(student.state_dict(), table, path).items()}
+    state = {k: v.unsqueeze(-1) if re.search(r"_conv\.[03]\.weight$", k) else v for k, v in state.items()}
+    save({"base_model": state, "epoch": 0, "metrics": {}, "best_metrics": {}}, path)
+
+
+@contextmanager
+def whole_file(path):
+    """A binary file that takes the name `path` once all of it is on the disk; an error on the way leaves nothing behind."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save(obj, path):
+    """torch.save, whole or not at all."""
+    with whole_file(path) as file:
+        torch.save(obj, file)
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clouds: reading one, folders of them, the embedded shapes, augmentation. Nothing a file holds is ever executed, and a
+# size it claims is held against its length before memory is taken. A reader turns a file's bytes into points (n, C) and
+# faces (polygons of vertex indices); read_points puts the file's name before what it raises.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MESH_POINTS, CACHE_POINTS = 8192, 16384  # points drawn from a mesh; the most that a folder keeps of one cloud
+ARRAY_NAMES = ("points", "xyz", "data", "pos")
+# what broken files make struct, zipfile, zlib and h5py raise (RuntimeError: an encrypted member, HDF5's own errors)
+BROKEN = (OSError, EOFError, OverflowError, RuntimeError, KeyError, struct.error, zipfile.BadZipFile, zlib.error)
+
+
+def _pick_array(arrays, size, packed):
+    """The one of `arrays` (a dict) with a name we know, or the only one, unless it unpacks into more than any cloud does."""
+    names = [name for name in ARRAY_NAMES if name in arrays] or list(arrays)
+    if not names or (len(names) > 1 and names[0] not in ARRAY_NAMES):
+        raise ValueError(f"expected an array named {', '.join(ARRAY_NAMES)}, found {', '.join(names[:5]) or 'none'}")
+    array = arrays[names[0]]
+    if size(array) > max(2 ** 26, 100 * packed(array)):
+        raise ValueError(f"array {names[0]} claims {size(array)} bytes, packed into {packed(array)}")
+    return array
+
+
+def _check_shape(shape):
+    if len(shape) != 2 or not 3 <= shape[1] <= 64:
+        raise ValueError(f"expected an array of shape (n, 3), up to 64 columns, found {tuple(shape)}")
+
+
+def _read_npy(data):
+    """The header is searched for its three fields, never evaluated."""
+    if data[:6] != b"\x93NUMPY" or len(data) < 12:
+        raise ValueError("not a .npy array")
+    start = 10 + struct.unpack_from("<H", data, 8)[0] if data[6] == 1 else 12 + struct.unpack_from("<I", data, 8)[0]
+    header = data[:min(start, 10_000)].decode("latin-1")
+    fields = re.search(r"'descr': *('[^']*'), *'fortran_order': *(True|False), *'shape': *\(([\d, ]*)\)", header)
+    kind, fortran, shape = fields.groups() if fields else ("unknown", "", "")
+    if not re.fullmatch(r"'[<>=|]?(f[248]|[iu][1248]|b1)'", kind):
+        raise ValueError(f"expected an array of numbers, found type {kind}; Python objects are never loaded")
+    shape = tuple(int(size) for size in shape.split(",") if size.strip())
+    _check_shape(shape)
+    claimed, held = math.prod(shape) * np.dtype(kind[1:-1]).itemsize, max(0, len(data) - start)
+    if claimed > held:
+        raise ValueError(f"the header promises {claimed} bytes of points, the file holds {held}")
+    return np.frombuffer(data, kind[1:-1], math.prod(shape), start).reshape(shape, order="CF"[fortran == "True"]), ()
+
+
+def _read_npz(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
+        member = _pick_array(members, lambda info: info.file_size, lambda info: min(info.compress_size, len(data)))
+        return _read_npy(archive.read(member))
+
+
+def _read_h5(data):
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError("reading .h5 needs h5py: pip install h5py") from error
+    with h5py.File(io.BytesIO(data), "r") as file:
+        arrays = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub"}
+        array = _pick_array(arrays, lambda item: item.nbytes, lambda item: min(item.id.get_storage_size(), len(data)))
+        _check_shape(array.shape)
+        return array[:], ()
+
+
+def _clean(data, comment=b"#"):
+    """Text without byte order mark, carriage returns and comments; every line keeps its number."""
+    data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return re.sub(rb"(%b)[^\n]*" % comment, b"", data)
+
+
+def _row(line, number, wanted=3, kind=float):
+    """The first `wanted` numbers of line `number`."""
+    try:
+        row = [kind(word) for word in line.split()[:wanted]]
+    except ValueError:
+        row = []  # named below, as a line too short is
+    if len(row) < wanted:
+        raise ValueError(f"line {number}: expected {wanted} numbers, found {line.strip()[:60].decode('ascii', 'replace')!r}")
+    return row
+
+
+def _rows(text, number=1):
+    """The first three numbers of each line, (n, 3), of a text that begins at line `number`."""
+    if not text.decode("latin-1").strip():
+        return np.empty((0, 3))
+    try:
+        return np.loadtxt(io.BytesIO(text), usecols=(0, 1, 2), ndmin=2, comments=None, encoding="latin-1")
+    except ValueError:  # line by line, to name the one at fault
+        return np.array([_row(line, number + i) for i, line in enumerate(text.split(b"\n")) if line.strip()])
+
+
+def _read_text(data):
+    """A point a line, commas or blanks between its columns; the first line may be a header of words or the count."""
+    text = _clean(data, b"#|//").replace(b",", b" ")
+    first = re.match(rb"\s*(?:(\d{1,18})|[_A-Za-z][^\n]*)[ \t]*(?=\n)", text)
+    if not first or re.match(rb"\s*(nan|inf)\b", text, re.IGNORECASE):
+        return _rows(text), ()
+    points = _rows(b"\n" * first[0].count(b"\n") + text[first.end():])
+    if first[1] and int(first[1]) != len(points):
+        raise ValueError(f"the first line promises {int(first[1])} points, the file holds {len(points)}")
+    return points, ()
+
+
+def _read_off(data):
+    text = _clean(data)
+    keyword = re.match(rb"\s*[A-Z]{0,4}OFF", text)  # the counts may be glued to it
+    lines = text[keyword.end():].split(b"\n") if keyword else []
+    start = keyword[0].count(b"\n") + 1 if keyword else 1
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    if not filled:
+        raise ValueError("expected OFF and the counts of vertices and faces at the start of the file")
+    num_vertices, num_faces = _row(lines[filled[0]], start + filled[0], 2, int)
+    if min(num_vertices, num_faces) < 0 or num_vertices + num_faces >= len(filled):
+        raise ValueError(f"promises {num_vertices} vertices and {num_faces} faces, {len(filled) - 1} lines follow")
+    first, last = filled[0] + 1, filled[num_vertices] + 1
+    rows = [(lines[i], start + i) for i in filled[num_vertices + 1:num_vertices + num_faces + 1]]
+    faces = [_row(line, number, 1 + max(0, *_row(line, number, 1, int)), int)[1:] for line, number in rows]
+    return _rows(b"\n".join(lines[first:last]), start + first), faces
+
+
+def _read_obj(data):
+    text, faces, seen = _clean(data), [], 0
+    for number, line in enumerate(text.split(b"\n"), 1):
+        seen += line.startswith((b"v ", b"v\t"))
+        if line.startswith((b"f ", b"f\t")):
+            corners = re.sub(rb"/\S*", b"", line[2:])  # a/b/c: vertex, texture, normal; negative: counted from the last vertex
+            corners = _row(corners, number, max(3, len(corners.split())), int)
+            faces.append([corner - 1 if corner > 0 else corner + seen if corner else -1 for corner in corners])
+    return _rows(re.sub(rb"(?m)^(v[ \t]|.*$)", b"", text)), faces  # of a vertex's line, all but the v; of another, nothing
+
+
+PLY_TYPES = dict(zip("char uchar short ushort int uint float double int8 uint8 int16 uint16 int32 uint32 float32 float64".split(),
+                     "bBhHiIfdbBhHiIfd"))  # as struct and numpy call them
+
+
+def _ply_header(lines):
+    """-> (order: "<", ">" or "=" for text, [(element, count, [(property, (type,) or (type of its length, type))])])."""
+    elements, order = [], None
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        try:
+            if words[:1] == ["format"]:
+                order = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}[words[1]]
+            elif words[:1] == ["element"]:
+                elements.append((words[1], int(words[2]), []))
+            elif words[:1] == ["property"]:
+                kinds, name = (words[2:4], words[4]) if words[1] == "list" else (words[1:2], words[2])
+                kinds = [PLY_TYPES[kind] for kind in kinds]
+                elements[-1][2].append((name, [order + ("d" if order == "=" else kind) for kind in kinds]))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: not a line of a PLY header: {line.strip()[:60]!r}") from error
+    return order, elements
+
+
+def _ply_rows(data, offset, count, properties):
+    """`count` rows of an element from byte `offset` -> ({property: its values, row by row}, the offset behind them)."""
+    if all(len(kinds) == 1 for _, kinds in properties):
+        rows = np.frombuffer(data, [(name, kind) for name, (kind,) in properties], count, offset)
+        return {name: rows[name] for name in rows.dtype.names}, offset + rows.nbytes
+    columns = {name: [] for name, _ in properties}
+    for _ in range(count):
+        for name, kinds in properties:
+            length = 1
+            if len(kinds) == 2:
+                length = int(struct.unpack_from(kinds[0], data, offset)[0])
+                offset += struct.calcsize(kinds[0])
+            form = f"{kinds[-1][0]}{length}{kinds[-1][1]}"
+            columns[name].append(struct.unpack_from(form, data, offset))
+            offset += struct.calcsize(form)
+    return columns, offset
+
+
+def _read_ply(data):
+    header = re.match(rb"ply\s.*?\nend_header[ \t]*(\r?\n|$)", data, re.DOTALL)
+    if not header:
+        raise ValueError("expected a PLY header, from 'ply' to 'end_header'")
+    lines = header[0].decode("latin-1").split("\n")
+    (order, elements), offset, found = _ply_header(lines), header.end(), {}
+    if order == "=":  # the numbers of a text become a file of doubles, read like any other
+        body, offset = data[offset:], 0
+        try:
+            data = np.fromstring(body, sep=" ").tobytes()
+        except ValueError:
+            for number, line in enumerate(body.split(b"\n"), len(lines)):
+                _row(line, number, len(line.split()))
+            raise
+    for name, count, properties in elements:
+        try:
+            found[name], offset = _ply_rows(data, offset, max(count, 0), properties)
+        except (ValueError, OverflowError, struct.error) as error:
+            raise ValueError(f"promises {count} rows of {name!r}, the file ends before that or its lists are broken") from error
+    if not {"x", "y", "z"} <= set(found.get("vertex", ())):
+        raise ValueError(f"expected a vertex with x, y and z, found {', '.join(found.get('vertex', ())) or 'none'}")
+    faces = found.get("face", {})
+    vertices = [np.asarray(found["vertex"][axis], np.float64).reshape(-1) for axis in "xyz"]
+    return np.stack(vertices, 1), faces.get("vertex_indices", faces.get("vertex_index", ()))
+
+
+READERS = {".npy": _read_npy, ".npz": _read_npz, ".ply": _read_ply, ".off": _read_off, ".obj": _read_obj, ".xyz": _read_text,
+           ".txt": _read_text, ".pts": _read_text, ".h5": _read_h5}
+
+
+def sample_mesh(vertices, faces, num_points, seed=0):
+    """Points drawn uniformly over the area of a mesh, the same for the same `seed`.
+
+    vertices (V, 3), faces: polygons of vertex indices, each cut into a fan of triangles -> (num_points, 3) float64.
+    Raises ValueError where a face names a vertex that is not there, or the faces have no area.
+    """
+    triangles = [(int(face[0]), int(face[i]), int(face[i + 1])) for face in faces for i in range(1, len(face) - 1)]
+    corners = np.array(triangles, np.int64).reshape(-1, 3)
+    if corners.size and not 0 <= corners.min() <= corners.max() < len(vertices):
+        raise ValueError(f"the faces name vertices {corners.min()} to {corners.max()} (from 0), the mesh has {len(vertices)}")
+    a, b, c = np.moveaxis(np.asarray(vertices, np.float64)[corners], 1, 0)  # (T, 3) each
+    with np.errstate(over="ignore", invalid="ignore"):
+        area = np.cumsum(np.linalg.norm(np.cross(b - a, c - a), axis=1))
+    if not len(area) or not 0 < area[-1] < math.inf:
+        raise ValueError("the faces of the mesh have no area")
+    rng = np.random.default_rng(seed)
+    pick = np.minimum(np.searchsorted(area, rng.uniform(0, area[-1], num_points), side="right"), len(area) - 1)
+    u, v = rng.random((2, num_points, 1))
+    u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))  # the far half of the parallelogram folds back onto the triangle
+    return a[pick] + u * (b - a)[pick] + v * (c - a)[pick]
+
+
+def read_points(path):
+    """The points of a file of any of the forms in READERS, (n, 3) float64 as stored; a mesh gives MESH_POINTS of its surface.
+
+    Further columns and properties are ignored. Raises ValueError, one line that begins with the file's name, also where a
+    coordinate is not finite or all points are the same.
+    """
+    path, kind = os.fspath(path), os.path.splitext(path)[1].lower()
+    if kind not in READERS or not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file" if kind in READERS else
+                         f"{path}: unknown extension {kind!r}, expected one of {' '.join(READERS)}")
+    try:
+        with open(path, "rb") as file:
+            points, faces = READERS[kind](file.read())
+        points = np.ascontiguousarray(points[:, :3], dtype=np.float64)
+        bad = int((~np.isfinite(points)).any(1).sum())
+        if bad:
+            raise ValueError(f"{bad} of {len(points)} points are NaN or infinite")
+        if len(points) == 0 or (points == points[0]).all():
+            raise ValueError(f"expected at least two different points, found {len(points)} at one place")
+        return sample_mesh(points, faces, MESH_POINTS) if len(faces) else points
+    except (ValueError, *BROKEN) as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, ValueError):
+            message = f"broken {kind} file ({message})"
+        raise ValueError(f"{path}{', ' if message.startswith('line ') else ': '}{message}") from error
+
+
+def normalize(points):
+    """Centroid to 0, farthest point to radius 1, in float64: (n, 3) -> (n, 3) float32. Raises ValueError unless two differ."""
+    points = np.asarray(points, np.float64)
+    if len(points) == 0 or (points == points[0]).all():
+        raise ValueError(f"expected at least two different points, found {len(points)} at one place")
+    points = points / np.abs(points).max()  # so that no square overflows
+    points = points - points.mean(0)
+    return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
+
+
+def read_cloud(path):
+    """One file (see read_points) as a normalised cloud, (N, 3) float32 numpy array."""
+    return normalize(read_points(path))
+
+
+def write_ply(path, xyz, colors=None):
+    """xyz (N, 3), colors (N, 3) uint8 or None -> a binary little-endian .ply."""
+    names = ["x", "y", "z"] + (["red", "green", "blue"] if colors is not None else [])
+    rows = np.empty(len(xyz), [(name, "<f4" if name in "xyz" else "u1") for name in names])
+    for i, name in enumerate(names):
+        rows[name] = xyz[:, i] if i < 3 else colors[:, i - 3]
+    lines = [f"property {'float' if name in 'xyz' else 'uchar'} {name}" for name in names]
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(xyz)}", *lines, "end_header", ""]
+    with whole_file(path) as file:
+        file.write("\n".join(head).encode() + rows.tobytes())
+
+
+@dataclass
+class Clouds:
+    """Clouds of any sizes, end to end: cloud i is points[offsets[i]:offsets[i + 1]]."""
+    points: torch.Tensor  # (T, 3) float32, possibly mapped from a file larger than memory
+    offsets: torch.Tensor  # (n + 1,) int64
+    names: list
+    labels: torch.Tensor | None = None  # (n,) int64, indices into classes
+    classes: list = field(default_factory=list)
+    parts: torch.Tensor | None = None  # (T,) int64, a part label per point
+    class_parts: list | None = None  # class -> (first, last + 1) of its parts
+    normalized: bool = True  # False: draws are used as stored
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.points[self.offsets[i]:self.offsets[i + 1]]
+
+    def to(self, device):
+        moved = {name: getattr(self, name) for name in ("points", "offsets", "labels", "parts")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
+
+    def draw(self, indices, num_points, generator=None):
+        """A random `num_points` of each cloud, in random order and without repetition; a smaller cloud is repeated.
+
+        indices (B,) -> xyz (B, num_points, 3) float32, flat (B, num_points) int64 into points. Each draw is normalised anew:
+        sample first, then normalise. The generator is on the device of the points.
+        """
+        indices = indices.to(self.offsets.device)
+        start, size = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]  # (B,)
+        largest, order = int(size.max()), []
+        position = torch.arange(largest, device=size.device)
+        for rows in size.split(max(1, 2 ** 24 // largest)):  # one part, unless the keys would take more than 64 MiB
+            keys = torch.rand(len(rows), largest, generator=generator, device=size.device)
+            keys.masked_fill_(position >= rows[:, None], 2)  # behind the cloud's end: after every real key
+            order.append(keys.topk(min(num_points, largest), largest=False).indices)
+        turn = torch.arange(num_points, device=size.device) % size[:, None]  # (B, num_points)
+        flat = start[:, None] + torch.cat(order).gather(1, turn)
+        xyz = self.points[flat]
+        if self.normalized:
+            xyz = xyz.double() - xyz.double().mean(1, keepdim=True)
+            radius = xyz.norm(dim=2).amax(1)[:, None, None].clamp(min=1e-12)  # a draw of one repeated point stays at 0
+            xyz = (xyz / radius).float()
+        return xyz, flat
+
+
+def _list_clouds(root):
+    """A folder -> (the folder its names start from, [(split: 0 train, 1 test, 2 neither; class or None; name)] in order)."""
+    entries = []
+    for base, lists in ((".", "ShapeNet-55"), (".", "."), ("..", "."), ("ShapeNet55-34", "ShapeNet55-34/ShapeNet-55")):
+        base, lists = os.path.join(root, base), os.path.join(root, lists)
+        if os.path.isfile(os.path.join(lists, "train.txt")) and os.path.isdir(os.path.join(base, "shapenet_pc")):
+            for split, name in enumerate(("train.txt", "test.txt")):
+                with open(os.path.join(lists, name), encoding="utf-8") as file:
+                    entries += [(split, cloud.split("-")[0], cloud) for cloud in sorted(file.read().split())]
+            return os.path.join(base, "shapenet_pc"), entries
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = [] if folder == root else os.path.relpath(folder, root).split(os.sep)
+        split = 0 if "train" in inside else 1 if "test" in inside else 2
+        label = next((name for name in inside if name not in ("train", "test")), None)
+        entries += [(split, label, "/".join([*inside, name])) for name in files
+                    if not name.startswith(".") and os.path.splitext(name)[1].lower() in READERS]
+    if all(split == 2 for split, _, _ in entries):  # no split of its own: a fifth, by a hash of the names, is for testing
+        entries.sort(key=lambda entry: hashlib.sha256(entry[2].encode()).digest())
+        entries = [(int(i < max(1, len(entries) // 5)), *entry[1:]) for i, entry in enumerate(entries)]
+    return root, sorted(entries, key=lambda entry: (entry[0], entry[2]))
+
+
+def _cached_points(root, names, cache):
+    """The clouds `names`, read once, as a memory map (T, 3) and offsets (n + 1,).
+
+    The cache is one file, the points and then the offsets, named by a hash of the clouds' names, sizes and times. It appears
+    whole or not at all, so processes may build it at the same time; one that does not add up is built again.
+    """
+    stats = [os.stat(os.path.join(root, name)) for name in names]
+    key = repr((CACHE_POINTS, MESH_POINTS, [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats)]))
+    if cache is None:
+        cache = root if os.access(root, os.W_OK) else os.path.join(tempfile.gettempdir(), f"act-cache-{os.getuid()}")
+    os.makedirs(cache, exist_ok=True)
+    path = os.path.join(cache, f".act-cache-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
+    for _ in range(2):
+        size = os.path.getsize(path) - 8 * (len(names) + 1) if os.path.isfile(path) else -1
+        if size >= 0:
+            offsets = np.fromfile(path, np.int64, offset=size)
+            if offsets[0] == 0 and (np.diff(offsets) > 0).all() and size == 12 * int(offsets[-1]):
+                # mode "c" is private to this process, and writable, as torch wants it
+                return np.memmap(path, np.float32, "c", shape=(int(offsets[-1]), 3)), offsets
+        print(f"reading {len(names)} clouds into {path}, once", file=sys.stderr)
+        with whole_file(path) as file:
+            offsets = [0]
+            for name in names:
+                points = read_cloud(os.path.join(root, name))
+                if len(points) > CACHE_POINTS:
+                    rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+                    points = points[rng.choice(len(points), CACHE_POINTS, replace=False)]
+                file.write(points.tobytes())
+                offsets.append(offsets[-1] + len(points))
+            file.write(np.array(offsets, np.int64).tobytes())
+    raise OSError(f"{path}: written, but not there as written")
+
+
+def open_clouds(path, split=None, cache=None):
+    """A folder of clouds, of any forms in READERS, or a ShapeNet-55 root, as Clouds; read once, then mapped from a cache.
+
+    Sub-folders are classes; folders `train` and `test` above or below them are the splits, else a fixed fifth is for testing.
+    split: "train", "test" or None for everything. The cache lies in `cache`, else in the folder itself, else, if that
+    cannot be written, in the system's temporary folder; it keeps a random CACHE_POINTS of a larger cloud.
+    """
+    path, splits = os.fspath(path), {None: (0, 1, 2), "train": (0,), "test": (1,)}
+    if split not in splits:
+        raise ValueError(f"split must be 'train', 'test' or None, found {split!r}")
+    if not os.path.isdir(path):
+        raise ValueError(f"{path}: no such folder")
+    root, entries = _list_clouds(path)
+    missing = [name for _, _, name in entries if not os.path.isfile(os.path.join(root, name))]
+    chosen = [i for i, entry in enumerate(entries) if entry[0] in splits[split]]
+    if missing or not chosen:
+        raise ValueError(f"{root}: {missing[0]} is listed, but not there" if missing else f"{path}: no clouds"
+                         + (f" for {split!r} among its {len(entries)}" if entries else f", expected files {' '.join(READERS)}"))
+    points, offsets = _cached_points(root, [name for _, _, name in entries], cache)
+    offsets = offsets[chosen[0]:chosen[-1] + 2]  # they are in the order of the splits: the chosen ones are neighbours
+    classes = sorted({label for _, label, _ in entries}) if all(label for _, label, _ in entries) else []
+    labels = torch.tensor([classes.index(entries[i][1]) for i in chosen]) if classes else None
+    return Clouds(torch.from_numpy(points[offsets[0]:offsets[-1]]), torch.from_numpy(offsets - offsets[0]),
+                  [entries[i][2] for i in chosen], labels, classes)
+
+
+def _surface(kind, size, n, rng):
+    """(n, 3) points on a box, sphere, torus, cylinder, cone, shade or pyramid of half-sizes `size`; axis y, or as in "cone_x"."""
+    kind, _, axis = kind.partition("_")
+    order = {"": [0, 1, 2], "x": [1, 0, 2], "z": [0, 2, 1]}[axis]
+    size, t, turn = np.array(size)[order], rng.uniform(-1, 1, n), rng.uniform(0, 2 * np.pi, n)
+    ring = np.stack([np.cos(turn), np.zeros(n), np.sin(turn)], 1)
+    if kind == "box":
+        points, share = rng.uniform(-1, 1, (n, 3)), np.cumsum(1 / size)  # a face's area goes as 1 / its distance
+        points[np.arange(n), np.searchsorted(share[:2] / share[2], rng.random(n))] = np.sign(t)
+        return (points * size)[:, order]
+    if kind == "sphere":
+        height, radius = t, np.sqrt(1 - t ** 2)
+    elif kind == "torus":
+        height, radius = np.sin(np.pi * t), 1 - size[1] / size[0] * (1 - np.cos(np.pi * t))
+    else:
+        cap, top = rng.random(n) < size[0] / (size[0] + 2 * size[1]), {"cylinder": 1, "shade": 0.5}.get(kind, 0)
+        height = np.where(cap, np.sign(t), t)
+        radius = (1 + (top - 1) * (height + 1) / 2) * np.where(cap, np.sqrt(rng.random(n)), 1)
+        if kind == "pyramid":
+            ring /= np.abs(ring).max(1, keepdims=True)
+    points = radius[:, None] * ring
+    points[:, 1] = height
+    return (points * size)[:, order]
+
+
+def _shapes(w, h, d, t, p, q):
+    """Category -> [(part, primitive, centre, half-sizes)], y up, from half-width, half-height, half-depth, thickness and two
+    numbers in (0, 1). Proportions overlap on purpose: a box may be as flat as a door."""
+    legs = [(x, z) for x in (-1, 1) for z in (-1, 1)]
+    o, r, s = (0, 0, 0), w * (0.4 + 0.6 * p), 0.2 + 0.3 * p
+    return {
+        "sphere": [(0, "sphere", o, (w, w * (0.8 + 0.4 * p), w))],
+        "ellipsoid": [(0, "sphere", o, (w, h, d))],
+        "box": [(0, "box", o, (w, h, d * p + t))],
+        "cylinder": [(0, "cylinder", o, (r, h, r))],
+        "cone": [(0, "cone" if q > 0.3 else "shade", o, (r, h, r))],
+        "pyramid": [(0, "pyramid", o, (w, h, d))],
+        "torus": [(0, "torus", o, (w, w * s * 0.7, w))],
+        "capsule": [(0, "cylinder", o, (r, h, r)), (1, "sphere", (0, h, 0), (r, r, r)), (1, "sphere", (0, -h, 0), (r, r, r))],
+        "table": [(0, "box" if q > 0.3 else "cylinder", o, (w, t, d)),
+                  *[(1, "box", (x * w * s * 1.4, -h, z * d * s * 1.4), (t, h, t)) for x, z in legs]],
+        "desk": [(0, "box", o, (w, t, d)), (1, "box", (-w * 0.9, -h, 0), (t, h, d * 0.9)),
+                 (2, "box", (w * 0.6, -h, 0), (w * 0.4 * q + t, h, d * 0.9))],
+        "stool": [(0, "cylinder" if q > 0.4 else "box", o, (r, t, r)),
+                  *[(1, "box", (x * r * 0.6, -h * 0.8, z * r * 0.6), (t, h * 0.8, t)) for x, z in legs]],
+        "chair": [(0, "box", o, (r, t, d * 0.6)), (1, "box", (0, h * s * 1.5, -d * 0.6), (r, h * s * 1.5, t)),
+                  *[(2, "box", (x * r * 0.9, -h * 0.5, z * d * 0.5), (t, h * 0.5, t)) for x, z in legs]],
+        "sofa": [(0, "box", o, (w, h * 0.3, d * 0.6)), (1, "box", (0, h * s, -d * 0.6), (w, h * 0.5, 2 * t)),
+                 *[(2, "box", (x * w, h * 0.2, 0), (2 * t, h * s, d * 0.6)) for x in (-1, 1)]],
+        "bed": [(0, "box", o, (r, h * 0.2, d)), (1, "box", (0, h * s, -d), (r, h * 0.5, t)),
+                *[(2, "box", (x * r * 0.9, -h * 0.4 * q, z * d * 0.9), (t, h * 0.4 * q, t)) for x, z in legs]],
+        "bookshelf": [*[(0, "box", (x * r, 0, 0), (t, h, d * 0.3)) for x in (-1, 1)],
+                      *[(1, "box", (0, h * y, 0), (r, t / 2, d * 0.3)) for y in np.linspace(-1, 1, 3 + int(3 * q))]],
+        "door": [(0, "box", o, (r, h, t)), (1, "sphere", (r * 0.8, h * 0.2 * q, t + 0.05), (t, t, t))],
+        "lamp": [(0, "cylinder", (0, -h, 0), (w * 0.4, t, w * 0.4)), (1, "cylinder", o, (t / 2, h, t / 2)),
+                 (2, "shade" if q > 0.4 else "cone", (0, h, 0), (w * 0.5, h * s, w * 0.5))],
+        "mug": [(0, "cylinder", o, (r, h, r)), (1, "torus_z", (r * 1.1, 0, 0), (h * s, h * s, t))],
+        "bottle": [(0, "cylinder", o, (r / 2, h, r / 2)), (1, "shade", (0, h * 1.2, 0), (r / 2, h * 0.2, r / 2)),
+                   (2, "cylinder", (0, h * (1.4 + s * q), 0), (r / 4, h * s * q, r / 4))],
+        "aeroplane": [(0, "sphere", o, (w * 1.3, t * 2, t * 2)), (1, "box", (w * s, 0, 0), (w * 0.2, t / 4, d)),
+                      (2, "box", (-w * 1.1, h * s / 2, 0), (w * 0.1, h * s / 2, t / 4))],
+        "car": [(0, "box", o, (w, h * 0.2, d * 0.45)), (1, "box", (-w * s * 0.5, h * 0.35, 0), (w * 0.5, h * 0.2, d * 0.4)),
+                *[(2, "cylinder_z", (x * w * 0.6, -h * 0.2, z * d * 0.4), (h * 0.2, h * 0.2, t)) for x, z in legs]],
+        "rocket": [(0, "cylinder", o, (r / 2, h, r / 2)), (1, "cone", (0, h * (1 + s), 0), (r / 2, h * s, r / 2)),
+                   *[(2, "box", (0, -h * 0.8, 0), (r * x + t / 4, h * 0.2, r * (1 - x) + t / 4)) for x in (0, 1)]],
+        "dumbbell": [(0, "cylinder_x", o, (w, t, t)),
+                     *[(1, "sphere" if q > 0.5 else "cylinder_x", (x * w, 0, 0), (w * s, h * s, h * s)) for x in (-1, 1)]],
+    }
+
+
+def synthetic_cloud(name, num_points, rng):
+    """A random shape of one category, upright and as it comes: points (num_points, 3) float64, parts (num_points,) from 0."""
+    primitives = _shapes(*rng.uniform(0.4, 1, 3), rng.uniform(0.04, 0.1), *rng.random(2))[name]
+    sizes = np.array([size for _, _, _, size in primitives])
+    # a primitive's share of the points: its area, somewhat levelled so that small parts show, times a random density
+    share = (sizes * np.roll(sizes, 1, 1)).sum(1) ** 0.75 * np.exp(0.4 * rng.normal(size=len(sizes)))
+    counts = rng.multinomial(num_points, share / share.sum())
+    points = [np.array(centre) + _surface(kind, size, n, rng) for n, (_, kind, centre, size) in zip(counts, primitives)]
+    return np.concatenate(points), np.repeat([part for part, _, _, _ in primitives], counts)
+
+
+def synthetic_clouds(num_per_class, seed=0, num_points=2048):
+    """The embedded data: `num_per_class` clouds of each category, class after class, with parts, as Clouds.
+
+    Each is turned about y, tilted by up to 15 degrees, denser towards one side, for every other one with up to a third of it
+    cut away on the far side, and noisy (sigma 0.02 of its radius). Cloud i of class c depends on (seed, c, i) alone.
+    """
+    shapes = _shapes(*[0.5] * 6)
+    ends = np.cumsum([0] + [1 + max(part for part, *_ in primitives) for primitives in shapes.values()])
+    points = np.empty((len(shapes), num_per_class, num_points, 3), np.float32)
+    parts = np.empty(points.shape[:3], np.int64)
+    for c, i in np.ndindex(points.shape[:2]):
+        rng = np.random.default_rng([seed, c, i])
+        xyz, part = synthetic_cloud(list(shapes)[c], 2 * num_points, rng)
+        turn, tilt, side = rng.uniform(-np.pi, np.pi), rng.uniform(0, np.pi / 12), rng.normal(size=3)
+        xyz[:, [0, 2]] = xyz[:, [0, 2]] @ [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+        xyz[:, [0, 1]] = xyz[:, [0, 1]] @ [[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]]
+        depth = normalize(xyz) @ (side / np.linalg.norm(side))
+        keys = rng.exponential(size=len(xyz)) * np.exp(rng.uniform(0, 1.5) * depth)  # small keys stay: thinner with depth
+        if rng.random() < 0.5:
+            keys[depth > np.quantile(depth, rng.uniform(0.65, 1))] = np.inf
+        keep = np.argpartition(keys, num_points)[:num_points]
+        xyz = normalize(xyz[keep])
+        points[c, i], parts[c, i] = normalize(xyz + 0.02 * rng.normal(size=xyz.shape)), ends[c] + part[keep]
+    sizes = np.arange(points.shape[0] * num_per_class + 1) * num_points
+    names = [f"{name}_{i:04d}" for name in shapes for i in range(num_per_class)]
+    return Clouds(torch.from_numpy(points).reshape(-1, 3), torch.from_numpy(sizes), names,
+                  torch.arange(len(shapes)).repeat_interleave(num_per_class), list(shapes), torch.from_numpy(parts).reshape(-1),
+                  list(zip(ends[:-1].tolist(), ends[1:].tolist())))
+
+
+def scale_translate(xyz, generator=None, scale=(2 / 3, 3 / 2), shift=0.2, per_axis=True):
+    """Each cloud of xyz (B, N, 3) scaled by U(scale) per axis (or once per cloud), moved per axis by U(-shift, shift)."""
+    B = len(xyz)
+    factor = torch.rand(B, 1, 3 if per_axis else 1, generator=generator, device=xyz.device, dtype=xyz.dtype)
+    offset = torch.rand(B, 1, 3, generator=generator, device=xyz.device, dtype=xyz.dtype)
+    return xyz * (scale[0] + (scale[1] - scale[0]) * factor) + shift * (2 * offset - 1)
+
+
+def rotate_y(xyz, generator=None):
+    """Each cloud of xyz (B, N, 3) turned about the up axis y by an angle of its own, uniform over the circle."""
+    angle = 2 * math.pi * torch.rand(len(xyz), 1, generator=generator, device=xyz.device, dtype=xyz.dtype)
+    cos, sin, (x, y, z) = angle.cos(), angle.sin(), xyz.unbind(2)
+    return torch.stack([cos * x + sin * z, y, cos * z - sin * x], 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running: flags, processes, schedules, the loop with its checkpoints and log
+# ---------------------------------------------------------------------------------------------------------------------
+
+def flag(default, help, paper=None, choices=None, group="run"):
+    """A dataclass field that is also a command-line flag; `paper` is the published value, shown by --help."""
+    return field(default=default, metadata=dict(help=help, paper=paper, choices=choices, group=group))
+
+
+@dataclass
+class RunConfig:
+    """The flags that every script has; a script's own dataclass adds to them."""
+    data: str = flag("synthetic", "'synthetic' (embedded shapes, made in memory) or the path of a data set", "ShapeNet-55", group="data")
+    cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds (default: beside the data)", group="data")
+    size: str = flag("auto", "model size; base is the paper's; auto: base on a GPU, tiny on a CPU", "base",
+                     ("auto", "tiny", "small", "base"), group="model")
+    out: str = flag("runs/run", "folder of the run's checkpoint, log, configuration and pictures")
+    points: int = flag(0, "points drawn from a cloud; 0: the size's default", 1024, group="data")
+    epochs: int = flag(0, "passes over the data; 0: the size's default", 300, group="training")
+    steps: int = flag(0, "train for this many steps instead; 0: as --epochs says", group="training")
+    batch_size: int = flag(0, "clouds per step over all processes; 0: the size's default", group="training")
+    lr: float = flag(0.0, "peak learning rate; 0: the published one", group="training")
+    seed: int = flag(0, "seed of everything random")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the Transformer blocks")
+    resume: bool = flag(False, "go on from the checkpoint in --out, bit for bit on a CPU")
+    save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one per epoch")
+    log_every: int = flag(0, "also log every so many steps; 0: epochs only")
+
+
+def parse_flags(config_class, description, argv=None):
+    """An instance of the dataclass from the command line; an unknown, abbreviated or unfit flag ends with one line, code 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: sys.exit(fail(message))
+    groups = {}
+    for f in fields(config_class):
+        meta, name = f.metadata, "--" + f.name.replace("_", "-")
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        said = f"{meta['help']} (default: {f.default!r}" + (f"; the paper: {meta['paper']}" if meta["paper"] is not None else "") + ")"
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=meta["choices"], metavar=f.name.upper())
+        group.add_argument(name, dest=f.name, default=f.default, help=said.replace("%", "%%"), **kind)
+    config = config_class(**vars(parser.parse_args(argv)))
+    for name in ("points", "epochs", "steps", "batch_size", "lr", "save_minutes", "log_every"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(config, name)}")
+    return config
+
+
+def fail(message):
+    """Prints a user's mistake as one line -> exit code 2."""
+    rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def run_script(main):
+    """Runs a script's main: a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        main()
+        code = 0
+    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+        if os.environ.get("ACT_DEBUG"):
+            raise
+        code = fail(" ".join(str(error).split()) + (": lower --batch-size" if isinstance(error, torch.cuda.OutOfMemoryError) else ""))
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+            raise
+        code = fail("another process ended")
+    if torch.distributed.is_initialized() and code == 0:
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code) if code and torch.distributed.is_initialized() else sys.exit(code)  # peers may hang in a collective
+
+
+def start_processes(config):
+    """(device, rank, number of processes), as torchrun set them up; one process without it. Seeds everything."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {config.device}: " + ("no GPU here" if device.startswith("cuda") else "wanted auto, cpu, cuda or cuda:N"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(config.seed)
+    return torch.device(device), int(os.environ.get("RANK", 0)), world
+
+
+def say(*words, **options):
+    """print, once, whatever the number of processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*words, **options, flush=True)
+
+
+def cosine(x, start, end):
+    """From `start` at x <= 0 to `end` at x >= 1 along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, x)))) / 2
+
+
+def learning_rate(step, total, peak, end, warmup, start=1e-6):
+    """Linear warm-up from `start` over `warmup` steps (at most a tenth of the run), then a cosine to `end` at `total`."""
+    warmup = min(warmup, total / 10)
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return cosine((step - warmup) / max(1, total - warmup), peak, end)
+
+
+def adamw(model, lr, weight_decay):
+    """AdamW without decay on one-dimensional parameters, biases and names holding "token" (Sec. 4, as published)."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    still = [p for name, p in trained if p.ndim <= 1 or name.endswith("bias") or "token" in name]
+    ids = {id(p) for p in still}
+    groups = [dict(params=[p for _, p in trained if id(p) not in ids], weight_decay=weight_decay), dict(params=still, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+
+
+def seeded(device, *numbers):
+    """A generator that depends on the numbers alone: what a step draws needs no memory of the steps before it."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class Run:
+    """One training run: its folder, settings, checkpoint, log, and the loop over steps.
+
+    All that a step draws comes from seeds made of (seed, step), so that a resumed run goes on bit for bit, in the middle of
+    an epoch too, and every process draws the same batch and takes its share of it.
+    """
+    HARMLESS = {"out", "resume", "save_minutes", "log_every", "cache", "data", "device", "compile"}
+
+    def __init__(self, config, model, clouds, weight_decay, clip=math.inf, extra=None):
+        self.config, self.model, self.clip, self.extra = config, model, clip, dict(extra or {})
+        self.device, self.rank = next(model.parameters()).device, int(os.environ.get("RANK", 0))
+        self.world, self.names = int(os.environ.get("WORLD_SIZE", 1)), clouds.names
+        self.batch = min(config.batch_size, len(clouds))
+        if self.batch < self.world:
+            raise ValueError(f"--batch-size {self.batch} is less than the {self.world} processes")
+        self.per_epoch = len(clouds) // self.batch  # the last, smaller batch is dropped, unless it is the only one
+        self.total = config.steps or config.epochs * self.per_epoch
+        self.step, self.sums, self.seconds, self.out = 0, {}, 0.0, Path(config.out)
+        self.optimizer = adamw(model, config.lr, weight_decay)
+        self.digest = hashlib.sha256("\n".join(clouds.names).encode()).hexdigest()[:16]
+        self.net = model
+        if self.world > 1:
+            self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if config.compile:
+            for module in model.modules():
+                if isinstance(module, (Block, PatchEmbed)):
+                    module.compile()
+        self._open()
+
+    def _open(self):
+        """The folder, checked to be writable; an earlier run's files are set aside, or taken up with --resume."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.out):
+                pass
+        except OSError as error:
+            raise ValueError(f"--out {self.out}: cannot be written ({error.strerror})") from error
+        self.checkpoint, self.log = self.out / "last.pt", self.out / "metrics.jsonl"
+        if self.config.resume and self.checkpoint.exists():
+            self._resume()
+        elif self.rank == 0:
+            earlier = [p for p in (self.checkpoint, self.log, self.out / "config.json", *self.out.glob("*.png")) if p.exists()]
+            if earlier:
+                aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
+                aside.mkdir(exist_ok=True)
+                for path in earlier:
+                    path.rename(aside / path.name)
+                say(f"the earlier run in {self.out} is now in {aside}")
+            self.log.touch()
+        if self.rank == 0:
+            with whole_file(self.out / "config.json") as file:
+                file.write(json.dumps({**asdict(self.config), "model": asdict(self.model.config)}, indent=1).encode())
+
+    def _resume(self):
+        state = read_tensors(self.checkpoint)
+        for key in ("settings", "model", "optimizer", "step"):
+            if key not in state:
+                raise ValueError(f"{self.checkpoint}: has no {key!r}, wanted a checkpoint of a training run")
+        now = asdict(self.config)
+        changed = [f"--{k.replace('_', '-')} was {v!r}, is {now.get(k)!r}" for k, v in state["settings"].items()
+                   if k not in self.HARMLESS and now.get(k) != v]
+        if state["clouds"] != self.digest:
+            changed.append("the data set's clouds are others")
+        if changed:
+            raise ValueError(f"{self.checkpoint}: cannot resume, since {'; '.join(changed)}")
+        load_exactly(self.model, state["model"], self.checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.step, self.sums, self.seconds, self.extra = state["step"], state["sums"], state["seconds"], state["extra"]
+        kept = [line for line in self.log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step
+                ] if self.log.exists() else []
+        if self.rank == 0:
+            with whole_file(self.log) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
+        say(f"resumed {self.checkpoint} at step {self.step}")
+
+    def save(self):
+        if self.rank:
+            return
+        save({"kind": type(self.model).__name__, "config": asdict(self.model.config), "model": self.model.state_dict(),
+              "optimizer": self.optimizer.state_dict(), "step": self.step, "epoch": self.step // self.per_epoch,
+              "random": torch.get_rng_state(), "settings": asdict(self.config), "clouds": self.digest, "sums": self.sums,
+              "seconds": self.seconds, "extra": self.extra, "versions": {"torch": str(torch.__version__), "numpy": np.__version__}},
+             self.checkpoint)
+
+    def record(self, **values):
+        """Appends one object to metrics.jsonl; figures that are not finite become null."""
+        if self.rank == 0:
+            values = {"epoch": -(-self.step // self.per_epoch), "step": self.step, "seconds": round(self.seconds, 2), **values}
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            with open(self.log, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def indices(self, step):
+        """The clouds of a step: each epoch is a new order of all of them."""
+        epoch, position = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.names), generator=seeded("cpu", self.config.seed, "order", epoch))
+        return order[position * self.batch : (position + 1) * self.batch]
+
+    def train(self, schedule, loss, finish_epoch=lambda epoch: {}):
+        """The loop. schedule(step) -> {"lr": …, further numbers handed to the loss and logged}.
+
+        loss(net, step, indices (B,), generator, share, **schedule) -> (loss, {name: scalar tensor}): the mean over the clouds
+        `share` (a slice) of the batch; draws made from the generator are for the whole batch.
+        """
+        stop = []
+        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        share = slice(self.rank, None, self.world)
+        weight = len(range(self.batch)[share]) * self.world / self.batch  # DDP averages over processes, not over clouds
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        bf16 = self.config.precision == "bf16"
+        began = saved = time.monotonic()
+        earlier = self.seconds
+        self.model.train()
+        while self.step < self.total:
+            numbers = schedule(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = numbers["lr"]
+            indices = self.indices(self.step)
+            seed = seeded("cpu", self.config.seed, "noise", self.step, self.rank).initial_seed()
+            torch.manual_seed(seed)  # dropout, drop path, Gumbel: different on every process
+            generator = seeded(self.device, self.config.seed, "batch", self.step)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                value, parts = loss(self.net, self.step, indices, generator, share, **{k: v for k, v in numbers.items() if k != "lr"})
+            self.optimizer.zero_grad(set_to_none=True)
+            (value * weight).backward()
+            norm = nn.utils.clip_grad_norm_(trained, self.clip)
+            if self.device.type == "cpu":  # on a GPU the check waits for the next line of the log
+                self._check(value, indices)
+            self.optimizer.step()
+            self.step += 1
+            self._add({"loss": value, **parts, "grad_norm": norm}, weight)
+            self.seconds = earlier + time.monotonic() - began
+            ends = self.step % self.per_epoch == 0 or self.step == self.total
+            if self.config.log_every and self.step % self.config.log_every == 0 and not ends:
+                self.record(**{**self._means(), **numbers})
+            self._progress(numbers)
+            if ends:
+                means = self._means()
+                self._check(torch.tensor(means["loss"]), indices)
+                self.sums = {}
+                means.update(numbers, **finish_epoch(-(-self.step // self.per_epoch)))
+                self.model.train()
+                self.record(**means)
+                shown = "  ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, (int, float)))
+                say(f"{self._clear()}epoch {-(-self.step // self.per_epoch)}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
+            stopped = self._any(bool(stop))
+            if ends or stopped or self._any(time.monotonic() - saved > 60 * self.config.save_minutes):
+                if self.device.type != "cpu":
+                    self._check(torch.tensor(self._means().get("loss", 0.0)), indices)
+                self.save()
+                saved = time.monotonic()
+            if stopped and self.step < self.total:
+                say(f"{self._clear()}stopped at step {self.step} of {self.total}; the same command with --resume goes on from {self.checkpoint}")
+                sys.exit(128 + stop[0] if stop else 143)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        self.model.eval()
+
+    def _any(self, condition):
+        """Whether it holds in any process, so that all act alike."""
+        if self.world == 1:
+            return condition
+        flag = torch.tensor(int(condition), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def _add(self, values, weight):
+        """Sums for the means of an epoch, on the device: nothing waits for a GPU here."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, device=self.device).detach().double()
+            total, count = self.sums.get(name, (0.0, 0))
+            share = 1.0 if name == "grad_norm" else weight / self.world
+            self.sums[name] = (total + value * share, count + 1)
+
+    def _means(self):
+        sums = {name: total / count for name, (total, count) in self.sums.items()}
+        if self.world > 1 and sums:
+            flat = torch.stack([sums[name] for name in sorted(sums)])
+            torch.distributed.all_reduce(flat)
+            sums = {name: v / (self.world if name == "grad_norm" else 1) for name, v in zip(sorted(sums), flat)}
+        return {name: float(value) for name, value in sums.items()}
+
+    def _check(self, value, indices):
+        if not torch.isfinite(value):
+            names = ", ".join(self.names[i] for i in indices[:5].tolist())
+            raise ValueError(f"the loss is not finite at step {self.step} (clouds {names}, …): lower --lr, or --precision fp32; "
+                             + (f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"))
+
+    def _progress(self, numbers):
+        if self.rank == 0 and sys.stdout.isatty():
+            rate = self.step * self.batch / max(1e-9, self.seconds)
+            left = (self.total - self.step) * self.batch / rate
+            done = round(20 * self.step / self.total)
+            print(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] step {self.step}/{self.total}  {rate:.1f} clouds/s  "
+                  f"{int(left // 60)}:{int(left % 60):02d} left", end="", flush=True)
+
+    def _clear(self):
+        return "\r\033[K" if sys.stdout.isatty() else ""
+
+    def close(self, pictures=(), **figures):
+        """The run's closing figures as the last object of the log, its pictures, time and memory."""
+        if self.rank:
+            return
+        self.record(**figures)
+        for name, image in pictures:
+            write_png(self.out / name, image)
+        write_png(self.out / "loss.png", loss_curve(self.log))
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        say(f"{self.seconds:.0f} s for {self.step} steps, peak memory {peak / 2**30:.2f} GiB; {self.out} holds "
+            + ", ".join(sorted(p.name for p in self.out.iterdir() if p.is_file() and not p.name.startswith("."))))
+
+
+def loss_curve(log):
+    """The loss over the steps of a metrics.jsonl, as a picture."""
+    rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    rows = [row for row in rows if row.get("loss") is not None]
+    curves = {k: ([r["step"] for r in rows if r.get(k) is not None], [r[k] for r in rows if r.get(k) is not None])
+              for k in ("loss", "reconstruction") if any(r.get(k) is not None for r in rows)}
+    return plot_lines(curves, "training loss", "step", "loss")
+
+
+SIZES = {  # the student's and the teacher's sizes; base is the paper's
+    "tiny": dict(points=512, trunk="vit_tiny_patch16_224", trunk_width=192,
+                 encoder=dict(num_group=32, group_size=16, width=192, depth=6, num_heads=3, encoder_dims=192),
+                 teacher=dict(num_group=32, group_size=16, encoder_dims=192, tokens_dims=192, decoder_dims=192, num_tokens=512,
+                              num_prompt=16)),
+    "small": dict(points=1024, trunk="vit_small_patch16_384", trunk_width=384,
+                  encoder=dict(width=384, depth=12, num_heads=6),
+                  teacher=dict(num_tokens=2048, num_prompt=32)),
+    "base": dict(points=1024, trunk="vit_base_patch16_384", trunk_width=768, encoder={}, teacher={}),
+}
+
+
+def resolve(config, device, defaults):
+    """The settings with `auto` and 0 replaced by what they stand for on this device."""
+    size = config.size if config.size != "auto" else "base" if device.type == "cuda" else "tiny"
+    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    filled = {name: getattr(config, name) or value for name, value in {**defaults[size], "points": SIZES[size]["points"]}.items()}
+    return replace(config, size=size, precision=precision, **filled)
+
+
+def open_data(config, device, everything=False):
+    """(train, test) Clouds of --data, on the device where they fit; `everything`: ShapeNet-55 is trained on whole (Sec. 4.2)."""
+    if config.data == "synthetic":
+        train, test = synthetic_clouds(50, seed=0), synthetic_clouds(20, seed=1)
+    else:
+        whole = everything and any((Path(config.data) / name / "shapenet_pc").is_dir() for name in ("", "ShapeNet55-34", "ShapeNet55"))
+        train = open_clouds(config.data, None if whole else "train", config.cache or None)
+        test = open_clouds(config.data, "test", config.cache or None)
+    if device.type == "cuda" and train.points.nbytes < torch.cuda.mem_get_info()[0] // 4:
+        train, test = train.to(device), test.to(device)
+    return train, test
+
+
+# Pictures, with numpy and zlib alone: an image is a (H, W, 3) uint8 array, x to the right and y down, in pixels. The font
+# holds ASCII 32..126, then a box for all else: five columns a glyph, a byte each, the top pixel in the lowest bit.
+FONT = bytes.fromhex(
+    "000000000000005f00000007000700147f147f14242a7f2a12231308646236495522500000070000001c2241000041221c0014083e081408083e0808"
+    "00806000000808080808006060000060100804031c2241221c44427f4040426151494622414949361814127f1027454545393c4a4949300101710d03"
+    "3649494936064949291e0066660000008666000008142241001414141414004122140802015909063e415d555e7e0909097e7f494949363e41414122"
+    "7f4141413e7f494949417f090909013e4149497a7f0808087f00417f41002040413f017f081422417f404040407f020c027f7f0608307f3e4141413e"
+    "7f090909063e4151215e7f09192946464949493101017f01013f4040403f0f3040300f7f2018207f631408146303047804036151494543007f414100"
+    "03040810600041417f0004020102048080808080000102000020545454787f444444383844444444384444447f3854545418087e09090218a4a4a47c"
+    "7f0404047800447d40008080847d007f1028440000417f40007c047804787c040404783844444438fc2424241818242424fc7c080404004854545424"
+    "043f4444203c4040407c1c2040201c3c4038403c44281028441ca0a0a07c4464544c4400087741000000ff0000004177080008040810087f4141417f")
+INK, GRID = (50, 50, 60), (225, 225, 230)
+
+
+def write_png(path, image):
+    """Writes a (H, W, 3) uint8 image as PNG, whole or not at all."""
+    assert image.dtype == np.uint8 and image.shape[2:] == (3,), f"{path}: found {image.shape} {image.dtype}"
+    H, W, _ = image.shape
+    rows = np.pad(image.reshape(H, 3 * W), ((0, 0), (1, 0))).tobytes()  # each row opens with its filter: 0, none
+    header = struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
+    with whole_file(path) as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+
+
+def draw_text(image, x, y, text, color=INK, scale=2, align=0.0, width=math.inf):
+    """Writes `text` into `image`, 8 pixels times `scale` high from y down; align 0, 0.5, 1: x is its left, middle, right.
+    What lies outside is cut off; text wider than `width` pixels is drawn at half the scale, then shortened."""
+    scale = scale if 6 * scale * len(text) <= width else scale // 2
+    if 6 * scale * len(text) > width:
+        text = text[: max(int(width) // (6 * scale) - 2, 0)] + ".."
+    glyphs = np.frombuffer(FONT, np.uint8).reshape(96, 5)[[ord(c) - 32 if " " <= c <= "~" else 95 for c in text]]
+    bits = np.unpackbits(np.pad(glyphs, ((0, 0), (0, 1))).reshape(-1, 1), axis=1, bitorder="little")  # (6 len, 8)
+    columns, rows = np.nonzero(bits.repeat(scale, axis=0).repeat(scale, axis=1))
+    columns, rows = columns + round(x - align * (6 * len(text) - 1) * scale), rows + round(y)
+    inside = (columns >= 0) & (columns < image.shape[1]) & (rows >= 0) & (rows < image.shape[0])
+    image[rows[inside], columns[inside]] = color
+
+
+def render(xyz, colors=None, size=320, radius=1.05):
+    """A cloud as shaded discs on white, y up, seen from 35 degrees to the side and 20 above -> (size, size, 3) uint8.
+
+    xyz: (N, 3); colors: (N, 3) in 0..1, by height if not given. The frame holds the ball of `radius` about the origin
+    whatever the cloud, so that renders compare. Points that are not finite are left out.
+    """
+    xyz = np.asarray(xyz, dtype=np.float64)
+    height = np.clip(0.5 + xyz[:, 1:2] / radius / 2, 0, 1)
+    colors = [0.10, 0.20, 0.52] + height * [0.15, 0.52, 0.34] if colors is None else np.asarray(colors)
+    xyz, colors = [values[np.isfinite(xyz).all(axis=1)] for values in (xyz, colors)]
+    sa, ca, se, ce = 0.5736, 0.8192, 0.3420, 0.9397  # sine and cosine of 35 and of 20 degrees
+    x, y, depth = np.array([[ca, 0, -sa], [-se * sa, ce, -se * ca], [ce * sa, se, ce * ca]]) @ xyz.T
+    S = 2 * size  # painted at twice the size, averaged at the end: smooth edges
+    zoom = 0.97 * S * 2 / np.maximum(4 * radius - depth, radius)  # mild perspective, from 4 radii away
+    row, column = [np.rint(np.clip(S / 2 + v * zoom, -S, 2 * S)).astype(int)[:, None] for v in (-y, x)]
+    disc = min(max(0.52 * S / math.sqrt(len(xyz) + 1), 1.5), 0.02 * S)  # its radius: the more points, the smaller
+    reach = np.arange(-int(disc), int(disc) + 1)
+    dy, dx = np.argwhere(np.hypot(reach[:, None], reach) <= disc).T - int(disc)  # the pixels of a disc
+    owner = np.full(S * S, -1)  # which pixel of which disc is seen: far to near, the nearer hides the farther
+    for part in np.array_split(np.argsort(depth, kind="stable"), len(xyz) // 2**16 + 1):  # parts bound the memory
+        rows, columns = row[part] + dy, column[part] + dx  # (n, pixels)
+        inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)
+        owner[(rows * S + columns)[inside]] = (part[:, None] * len(dx) + np.arange(len(dx)))[inside]
+    point, pixel = np.divmod(owner[owner >= 0], len(dx))
+    ball = 0.8 * np.sqrt(1 - (dx**2 + dy**2) / disc**2) - (0.35 * dx + 0.5 * dy) / disc  # lit from the upper left
+    light = 0.62 + 0.38 * np.clip(ball, 0, 1)[pixel, None]
+    fade = 0.45 + 0.55 * np.clip(0.5 + depth / radius / 2, 0, 1)[point, None]  # the far side fades into the white
+    canvas = np.ones((S * S, 3), np.float32)
+    canvas[owner >= 0] = np.clip(colors[point], 0, 1) * light * fade + 1 - fade
+    return (255 * canvas.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))).round().astype(np.uint8)
+
+
+def palette(n):
+    """n distinct colours in a fixed order -> (n, 3) in 0..1: ten hues, then the same, darker and lighter by turns."""
+    hues = np.frombuffer(bytes.fromhex("3b6fb6e8833a4a9c5dc94f4f8a63b08c6150d77fb57a7a7ab5aa3c3fb1c0"), np.uint8)
+    tier = np.arange(n)[:, None] // 10
+    keep = 0.6 ** ((tier + 1) // 2)
+    return hues.reshape(10, 3)[np.arange(n) % 10] / 255 * keep + (1 - keep) * (tier % 2 == 0)
+
+
+def pca_colors(features):
+    """First three principal components of (N, C) features -> colours (N, 3), 2nd to 98th percentile to 0..1; the largest
+    loading of each is positive, a component without variance gives 0.5."""
+    features = np.asarray(features, dtype=np.float64)
+    _, strength, axes = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+    axes = axes[:3][strength[:3] > 1e-9 * np.linalg.norm(features)]
+    scores = features @ axes.T * np.sign([axis[abs(axis).argmax()] for axis in axes])
+    low, high = np.percentile(scores, [2, 98], axis=0)
+    scores = np.clip((scores - low) / np.maximum(high - low, 1e-300), 0, 1)
+    return np.pad(scores, ((0, 0), (0, 3 - len(axes))), constant_values=0.5)
+
+
+def montage(rows, columns=None, labels=None):
+    """A grid of images, all of one size, from equally long rows of them, with headings above and labels at the left."""
+    h, w, _ = np.add(rows[0][0].shape, 6)  # with a margin
+    left, top = 12 * max(map(len, labels or [""])), 20 if columns else 0
+    tiles = [np.hstack([np.pad(tile, ((6, 0), (6, 0), (0, 0)), constant_values=255) for tile in row]) for row in rows]
+    image = np.pad(np.vstack(tiles), ((top, 6), (left, 6), (0, 0)), constant_values=255)
+    for j, heading in enumerate(columns or []):
+        draw_text(image, left + j * w + 3 + w / 2, 6, heading, align=0.5, width=w - 6)
+    for i, label in enumerate(labels or []):
+        draw_text(image, 6, top + i * h + h / 2 - 8, label)
+    return image
+
+
+def plot_lines(curves, title="", xlabel="", ylabel="", size=(640, 400)):
+    """Curves {name: (xs, ys)} in axes with a legend -> image of `size` = (width, height). NaN and Inf are gaps; the y axis
+    is logarithmic if all values are positive and span over two decades."""
+    W, H = size
+    lines = [np.array([[*x, np.nan], [*y, np.nan]], dtype=np.float64) for x, y in curves.values()]  # (2, K), never empty
+    lines = [np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for xy in lines]
+    every = np.hstack([*lines, np.full((2, 1), np.nan)])
+    every = every[:, ~np.isnan(every[0])] if np.isfinite(every).any() else np.eye(2)
+    log = 0 < 100 * every[1].min() < every[1].max()
+    for xy in (every, *lines) if log else ():
+        xy[1] = np.log10(xy[1])
+    low, high = every.min(axis=1), every.max(axis=1)
+    pad = np.where(high > low, 0.04 * (high - low), np.where(high == 0, 0.5, 0.1 * abs(high)))
+    low, high = low - pad, high + pad
+    ticks = []
+    for a, whole in enumerate(((every[0] % 1 == 0).all(), log)):  # about six, whole numbers for epochs and exponents
+        least = max((high[a] - low[a]) / 6, whole) * (1 - 1e-9)
+        step = next(s for s in 10.0 ** math.floor(math.log10(least)) * np.array([1, 2, 5, 10]) if s >= least)
+        ticks.append(np.arange(math.ceil(low[a] / step), math.floor(high[a] / step) + 1) * step)
+    texts = [f"{v:.7g}" for v in ticks[0]], [f"{10**v if log else v:.7g}" for v in ticks[1]]
+    left, right, top, bottom = 36 + 12 * max(map(len, texts[1])), W - 24, 44 + 20 * -(-len(lines) // 2), H - 52
+    scale = np.array([[right - left], [top - bottom]]) / (high - low)[:, None]
+    origin = np.array([[left], [bottom]]) - low[:, None] * scale  # pixel = value * scale + origin
+    image = np.full((H, W, 3), 255, np.uint8)
+    draw_text(image, left, 8, title, width=W - left)
+    draw_text(image, (left + right) / 2, H - 20, xlabel, align=0.5)
+    draw_text(np.rot90(image, -1), H - (top + bottom) / 2, 4, ylabel, align=0.5)  # a view, turned: written upwards
+    for x, text in zip(np.rint(ticks[0] * scale[0] + origin[0]).astype(int), texts[0]):
+        image[top:bottom, x] = GRID
+        draw_text(image, x, bottom + 8, text, align=0.5)
+    for y, text in zip(np.rint(ticks[1] * scale[1] + origin[1]).astype(int), texts[1]):
+        image[y, left:right] = GRID
+        draw_text(image, left - 8, y - 6, text, align=1)
+    image[top:bottom, left - 1] = image[bottom, left - 1 : right] = INK
+    canvas = image.repeat(2, axis=0).repeat(2, axis=1)  # curves at twice the size, averaged at the end: smooth
+    for i, (name, xy, color) in enumerate(zip(curves, lines, 255 * palette(len(lines)))):
+        x, y = 2 * left + i % 2 * (W - left), 64 + i // 2 * 40  # the legend, two names a line
+        canvas[y + 2 : y + 26, x : x + 24] = color
+        draw_text(canvas, x + 34, y, name, scale=4, width=W - left - 44)
+        xy = 2 * (xy * scale + origin)
+        jumps = np.nan_to_num(abs(np.diff(xy)).max(axis=0))  # pixels from each value to the next
+        ends = np.append(0, np.cumsum(np.ceil(jumps) + 1))  # so many samples that no two are a pixel apart
+        dense = np.stack([np.interp(np.arange(ends[-1] + 1), ends, v) for v in xy])
+        for points, r in ((dense, 2), (xy, 5 if len(ends) <= 40 else 2)):
+            x, y = np.rint(points[:, ~np.isnan(points[0])]).astype(int)
+            for dy, dx in np.argwhere(np.hypot(*np.mgrid[-r : r + 1, -r : r + 1]) <= r) - r:
+                canvas[y + dy, x + dx] = color
+    return canvas.reshape(H, 2, W, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
+
+
+def plot_matrix(matrix, names, title=""):
+    """Confusion matrix (n, n) of counts as an image: a row for each true class, shaded by the share of its row."""
+    matrix, n = np.asarray(matrix), len(matrix)
+    cell = max(28, min(48, 480 // n))
+    labels = [f"{name if len(name) < 17 else name[:15] + '..'} {i}" for i, name in enumerate(names)]
+    left, top, side = 12 + 12 * max(map(len, ["truth", *labels])), 74, n * cell
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    tint = np.where(matrix > 0, 0.1 + 0.9 * share, 0)[:, :, None]
+    hue = np.where(np.eye(n, dtype=bool)[:, :, None], [35, 85, 165], [200, 65, 45])  # hits blue, misses red
+    cells = (255 + tint * (hue - 255)).repeat(cell, axis=0).repeat(cell, axis=1)
+    cells[::cell] = cells[:, ::cell] = cells[-1] = cells[:, -1] = GRID
+    image = np.full((top + side + 8, max(left + max(side, 108) + 8, 12 * len(title) + 12), 3), 255, np.uint8)
+    image[top : top + side, left : left + side] = cells
+    for x, y, text, align in ((6, 6, title, 0), (left, 32, "predicted", 0), (left - 6, 54, "truth", 1)):
+        draw_text(image, x, y, text, align=align)
+    for i, label in enumerate(labels):
+        middle = i * cell + cell / 2
+        draw_text(image, left - 6, top + middle - 6, label, align=1)
+        draw_text(image, left + middle, 54, str(i), align=0.5, width=cell)
+        for j in np.flatnonzero(matrix[i]) if n <= 12 else ():
+            color = (255, 255, 255) if share[i, j] > 0.5 else INK
+            draw_text(image, left + j * cell + cell / 2, top + middle - 6, str(matrix[i, j]), color, align=0.5, width=cell)
+    return image

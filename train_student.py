@@ -1,0 +1,200 @@
+"""Stage II (Sec. 4.2): a plain 3D Transformer learns to predict the teacher's features of the patches it cannot see.
+
+    python train_student.py                                             # after train_teacher.py, on the embedded shapes
+    python train_student.py --target coordinates                        # the Point-MAE baseline, all else equal
+    python train_student.py --data ShapeNet55 --size base --teacher runs/teacher/last.pt       # the published run, on a GPU
+    torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base                 # the same batch on 8 GPUs
+
+Leaves last.pt, metrics.jsonl, config.json, reconstruction.png, features.png and loss.png in --out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import act
+from act import flag, say
+
+# -- config -----------------------------------------------------------------------------------------------------------
+DEFAULTS = {  # size: epochs and batch of a default run; base is the published one
+    "tiny": dict(epochs=16, batch_size=32),
+    "small": dict(epochs=50, batch_size=128),
+    "base": dict(epochs=300, batch_size=128),
+}
+
+
+@dataclass
+class Config(act.RunConfig):
+    out: str = flag("runs/student", "folder of the run's checkpoint, log, configuration and pictures")
+    lr: float = flag(1e-3, "peak learning rate", 1e-3, group="training")
+    weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05, group="training")
+    teacher: str = flag("runs/teacher/last.pt", "the teacher's checkpoint, ours or the public release's", group="model")
+    target: str = flag("teacher", "what is predicted at masked patches: the teacher's features, point coordinates or codes",
+                       "teacher", ("teacher", "coordinates", "codes"), group="model")
+    loss: str = flag("cosine", "distance to the teacher's features", "cosine", ("cosine", "smooth_l1", "l2"), group="model")
+    mask_ratio: float = flag(0.8, "share of hidden patches", 0.8, group="model")
+    mask: str = flag("random", "random patches, or a block of neighbours", "random", ("random", "block"), group="model")
+
+
+class Target:
+    """What the student predicts, and how far off it is. The teacher is fixed, so its prompts are computed once."""
+
+    def __init__(self, config, teacher):
+        self.config, self.teacher = config, teacher
+        sizes = teacher.config
+        self.dim = dict(teacher=sizes.decoder_dims, coordinates=3 * sizes.group_size, codes=sizes.num_tokens)[config.target]
+        with torch.no_grad():
+            self.prefix = teacher.prefix()
+
+    def loss(self, prediction, neighborhood, center, masked):
+        """prediction: (B, M, D) at the groups `masked` (B, M) -> scalar."""
+        if self.config.target == "coordinates":  # Point-MAE: CD-L2 of the masked patches
+            truth = act.gather_points(neighborhood.flatten(2), masked)
+            return act.chamfer_distance(prediction.float().view(-1, truth.shape[-1] // 3, 3), truth.view(-1, truth.shape[-1] // 3, 3), norm=2)
+        with torch.no_grad():
+            if self.config.target == "codes":
+                codes = self.teacher.tokenize(neighborhood, center).gather(1, masked)
+            else:
+                features = act.gather_points(self.teacher.features(neighborhood, center, self.prefix), masked)
+        if self.config.target == "codes":  # as BEiT and Point-BERT
+            return F.cross_entropy(prediction.float().flatten(0, 1), codes.flatten())
+        return act.distillation_loss(prediction, features, self.config.loss)
+
+    @torch.no_grad()
+    def reconstruct(self, prediction, neighborhood, center, masked):
+        """The masked patches as points, (B, M, S, 3), as the predictions have them (features through the teacher's decoder)."""
+        B, M = masked.shape
+        S = neighborhood.shape[2]
+        if self.config.target == "coordinates":
+            return prediction.view(B, M, S, 3)
+        if self.config.target == "codes":
+            codes = self.teacher.tokenize(neighborhood, center).scatter(1, masked, prediction.argmax(dim=-1))
+            graph = act.knn(center, center, 4)[1]
+            tokens = self.teacher.visual(F.embedding(codes, self.teacher.codebook), center, self.prefix)
+            features = self.teacher.dgcnn_2(tokens, graph)
+        else:
+            features = self.teacher.features(neighborhood, center, self.prefix)
+            if self.config.loss == "cosine":  # the loss leaves the length open: that of the mean true feature
+                prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
+            features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
+        fine = self.teacher.decoder(features)[1]  # (B, G, S, 3)
+        return act.gather_points(fine.flatten(2), masked).view(B, M, S, 3)
+
+
+def draw_mask(config, center, step):
+    """The masks of a whole batch, from the step alone."""
+    generator = act.seeded("cpu", config.seed, "mask", step)
+    return (act.random_mask if config.mask == "random" else act.block_mask)(center, config.mask_ratio, generator)
+
+
+@torch.no_grad()
+def features(student, clouds, points, seed, limit=4000):
+    """Frozen features [class token ; max] and labels of (at most `limit`) clouds."""
+    device, out = next(student.parameters()).device, []
+    chosen = torch.linspace(0, len(clouds) - 1, min(len(clouds), limit)).long()
+    for i, indices in enumerate(chosen.split(64)):
+        xyz, _ = clouds.draw(indices, points, act.seeded(device, seed, "features", i))
+        out.append(act.global_feature(student.eval().encode(xyz)))
+    return torch.cat(out), clouds.labels[chosen.to(clouds.labels.device)].to(device)
+
+
+@torch.no_grad()
+def pictures(config, student, untrained, target, clouds):
+    """reconstruction.png: input, visible patches, output; features.png: principal components of the patches' features."""
+    device = next(student.parameters()).device
+    fixed = torch.arange(0, len(clouds), max(1, len(clouds) // 5))[:5]
+    xyz, _ = clouds.draw(fixed, config.points, act.seeded(device, config.seed, "picture"))
+    neighborhood, center = act.group_points(xyz, target.teacher.config.num_group, target.teacher.config.group_size)
+    mask = draw_mask(config, center, -1)
+    visible, masked = act.split_mask(mask, device)
+    output = target.reconstruct(student(neighborhood, center, mask).float(), neighborhood, center, masked)
+    of = {"teacher": target.teacher.features(neighborhood, center, target.prefix),
+          "student": student.encode(xyz)[:, 1:], "untrained": untrained.encode(xyz)[:, 1:]}
+    reconstruction, components = [], []
+    for i in range(len(xyz)):
+        whole = (neighborhood[i] + center[i][:, None]).cpu()
+        seen = whole[visible[i].cpu()].flatten(0, 1)
+        made = (output[i] + center[i][masked[i]][:, None]).cpu().flatten(0, 1)
+        colors = act.palette(2)[[0] * len(seen) + [1] * len(made)]
+        reconstruction.append([act.render(xyz[i].cpu().numpy()), act.render(seen.numpy(), act.palette(1).repeat(len(seen), axis=0)),
+                               act.render(torch.cat([seen, made]).numpy(), colors)])
+        points = [act.render(xyz[i].cpu().numpy())]
+        for tokens in of.values():
+            carried = act.interpolate(xyz[i : i + 1], center[i : i + 1], tokens[i : i + 1].float())[0]
+            points.append(act.render(xyz[i].cpu().numpy(), act.pca_colors(carried.cpu().numpy())))
+        components.append(points)
+    return [("reconstruction.png", act.montage(reconstruction, ["input", "visible", "output"])),
+            ("features.png", act.montage(components, ["input", *of]))]
+
+
+def main():
+    config = act.parse_flags(Config, __doc__)
+    device, rank, world = act.start_processes(config)
+    config = act.resolve(config, device, DEFAULTS)
+    if not 0 < config.mask_ratio < 1:
+        raise ValueError(f"--mask-ratio must lie between 0 and 1, found {config.mask_ratio}")
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    train, test = act.open_data(config, device, everything=True)
+
+    # -- model: the teacher from its checkpoint alone, the student's patches as the teacher's ------------------------------
+    teacher = act.load(config.teacher, device)
+    if not isinstance(teacher, act.Teacher):
+        raise ValueError(f"--teacher {config.teacher}: holds a {type(teacher).__name__}, wanted a Teacher")
+    teacher.requires_grad_(False)
+    target = Target(config, teacher)
+    G, S = teacher.config.num_group, teacher.config.group_size
+    if not 0 < int(config.mask_ratio * G) < G:
+        raise ValueError(f"--mask-ratio {config.mask_ratio} hides {int(config.mask_ratio * G)} of the {G} patches, wanted some and not all")
+    sizes = act.StudentConfig(**{**act.SIZES[config.size]["encoder"], "num_group": G, "group_size": S}, target_dim=target.dim)
+    torch.manual_seed(config.seed)
+    student = act.Student(sizes).to(device)
+    say(f"stage II on {device} x {world}, {config.precision}: size {config.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M "
+        f"parameters; target {config.target} of a teacher whose trunk is {teacher.config.weights}; "
+        f"{len(train)} clouds of {config.points} points, {len(test)} held out")
+
+    # -- optimizer, resume --------------------------------------------------------------------------------------------
+    run = act.Run(config, student, train, config.weight_decay)
+
+    def schedule(step):
+        return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-6, 10 * run.per_epoch))
+
+    # -- loop ---------------------------------------------------------------------------------------------------------
+    def loss(net, step, indices, generator, share):
+        xyz, _ = train.draw(indices, config.points, generator)
+        xyz = act.scale_translate(xyz, generator)
+        neighborhood, center = act.group_points(xyz, G, S)
+        mask = draw_mask(config, center, step)[share]
+        neighborhood, center = neighborhood[share], center[share]
+        _, masked = act.split_mask(mask, device)
+        return target.loss(net(neighborhood, center, mask), neighborhood, center, masked), {}
+
+    @torch.no_grad()
+    def finish_epoch(epoch):
+        """Mean cosine between the tokens of one cloud after each block: near 1, the tokens have collapsed into one."""
+        xyz, _ = test.draw(torch.arange(min(len(test), 16)), config.points, act.seeded(device, config.seed, "depth"))
+        student.eval()
+        tokens = student.encoder.layers(*act.group_points(xyz, G, S), range(1, sizes.depth + 1))
+        unit = [F.normalize(t[:, 1:].float(), dim=-1) for t in tokens]
+        return dict(cosine_per_depth=[round((u @ u.mT).mean().item(), 4) for u in unit])
+
+    run.train(schedule, loss, finish_epoch)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+    if rank == 0:
+        torch.manual_seed(config.seed)
+        untrained, figures = act.Student(sizes).to(device).eval(), {}
+        if train.labels is not None and test.labels is not None and len(train.classes) > 1:
+            for name, model in (("svm_untrained", untrained), ("svm_trained", student)):
+                figures[name] = act.svm_accuracy(*features(model, train, config.points, config.seed), *features(model, test, config.points, config.seed + 1))
+        run.close(pictures(config, student, untrained, target, test), **figures)
+        if figures:
+            say(f"linear SVM on frozen features, {len(train.classes)} classes, accuracy on {len(test)} held-out clouds: "
+                f"{figures['svm_untrained']:.1f} % untrained -> {figures['svm_trained']:.1f} % trained")
+        else:
+            say("the clouds have no classes: no linear SVM")
+
+
+if __name__ == "__main__":
+    act.run_script(main)
