@@ -245,7 +245,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads, qkv_bias=True):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of the {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -479,8 +479,9 @@ _LAYOUTS = {  # a layout is told by the first name of its table
     "huggingface": {
         **_within("encoder.layer.#.", "blocks.#.", {
             "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "attention.attention.query.": "attn.q.",
-            "attention.attention.key.": "attn.k.", "attention.attention.value.": "attn.v.", "attention.output.dense.": "attn.proj.",
-            "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.",  # and as transformers 5 has them in memory:
+            "attention.attention.key.": "attn.k.", "attention.attention.value.": "attn.v.",
+            "attention.output.dense.": "attn.proj.", "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.",
+            # and as transformers 5 has them in memory:
             "attention.q_proj.": "attn.q.", "attention.k_proj.": "attn.k.", "attention.v_proj.": "attn.v.",
             "attention.o_proj.": "attn.proj.", "mlp.": "mlp."}),
         "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed", "layernorm.": "norm.",
@@ -590,10 +591,12 @@ def read_tensors(path):
         elif head[8:9] == b"{":
             return _read_safetensors(path)
         torch.serialization.add_safe_globals(_NUMPY_NAMES)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # not by path: torch would go by the extension
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes the readers trip over
-        # torch's refusal of a pickle, without its advice to load it unsafely
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        code = re.search(r"GLOBAL (\S+)", str(error))  # so torch names it, with much advice that is better not given
+        reason = f"it would run {code[1]}" if code else str(error).rpartition("error: ")[2].strip().split("\n")[0]
+        reason = reason or type(error).__name__
         raise ValueError(f"{path}: not a readable weight file, corrupt or of another kind ({reason})") from error
     finally:  # torch 2.4 has no context manager for this
         torch.serialization.clear_safe_globals()
@@ -633,13 +636,11 @@ def _rename(state, table, path):
     return out
 
 
-def _fuse_qkv(state, path):
+def _fuse_qkv(state):
     """Separate query, key and value matrices become one, in that order."""
     for query in [key for key in state if ".attn.q." in key]:
-        keys = [query.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
-        if missing := [key for key in keys if key not in state]:
-            raise ValueError(f"{path}: missing key {missing[0]!r} (after renaming)")
-        state[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(key) for key in keys])
+        parts = [state.pop(query.replace(".attn.q.", f".attn.{letter}.")) for letter in "qkv"]
+        state[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return state
 
 
@@ -680,7 +681,7 @@ def load_pretrained(name_or_path, num_heads=None):
         state = {re.sub(old, new, key): value for key, value in state.items()}
     layout = _told_by(state, _LAYOUTS)
     if layout is None:
-        raise ValueError(f"{path}: no Transformer in a known layout ({', '.join(_LAYOUTS)}), keys {', '.join(list(state)[:3])} …")
+        raise ValueError(f"{path}: no Transformer of a known layout ({', '.join(_LAYOUTS)}): {', '.join(list(state)[:3])} …")
     eps = {"huggingface": 1e-12, "bert": 1e-5 if roberta else 1e-12, "clip": 1e-5}.get(layout, 1e-6)
     heads = config.get("num_attention_heads") or num_heads or {"minilm_l6": 12}.get(name)
     state = _rename(state, _LAYOUTS[layout], path)
@@ -688,29 +689,27 @@ def load_pretrained(name_or_path, num_heads=None):
         if layout == "jax":
             heads = heads or state["blocks.0.attn.q.kernel"].shape[1]
             state = dict(_from_jax(*item) for item in state.items())
-        state = _fuse_qkv({k: v.float() for k, v in state.items()}, path)
-        sizes = _trunk_config(state, path, heads, eps=config.get("layer_norm_eps", eps), norm_first=layout != "bert",
+        state = _fuse_qkv({key: value.float() for key, value in state.items()})
+        sizes = _trunk_config(state, heads, eps=config.get("layer_norm_eps", eps), norm_first=layout != "bert",
                               final_norm=layout != "bert", quick_gelu=layout == "clip")
+        if config.get("hidden_size", sizes.width) != sizes.width:
+            raise ValueError(f"width {sizes.width}, but the config.json beside it is of a model of width {config['hidden_size']}")
         for key in {"cls_token", "pos_embed"} & set(state):  # CLIP leaves out the batch dimensions
             state[key] = state[key].reshape(1, -1, sizes.width)
         trunk = Trunk(sizes)
-    except (RuntimeError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: a tensor is missing or of an unexpected shape ({error})") from error
+    except Exception as error:  # a KeyError for a missing tensor, and whatever one of an unexpected shape trips over
+        raise ValueError(f"{path}: its tensors, or num_heads, make no Transformer: {error!r}") from error
     return load_exactly(trunk, state, path).eval()
 
 
-def _trunk_config(state, path, num_heads=None, **kind):
+def _trunk_config(state, num_heads=None, **kind):
     """Sizes of a trunk read off its tensors, under our names; the rest is `kind`."""
-    if missing := [k for k in ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight") if k not in state]:
-        raise ValueError(f"{path}: missing key {missing[0]!r} (after renaming)")
     width = state["blocks.0.attn.qkv.weight"].shape[1]
-    heads = num_heads or max(1, width // 64)
-    if not isinstance(heads, int) or heads < 1 or width < 1 or width % heads:
-        raise ValueError(f"{path}: width {width} is not a multiple of num_heads {heads!r} (given, config.json's, or width // 64)")
     config = TrunkConfig(
-        width=width, depth=len({m[1] for k in state if (m := _begins("blocks.#.", k))}), num_heads=heads,
-        mlp_hidden=state["blocks.0.mlp.fc1.weight"].shape[0], qkv_bias="blocks.0.attn.qkv.bias" in state,
-        layer_scale="blocks.0.ls1.gamma" in state, norm_pre="norm_pre.weight" in state, **kind)
+        width=width, depth=len({m[1] for k in state if (m := _begins("blocks.#.", k))}),
+        num_heads=num_heads or max(1, width // 64), mlp_hidden=state["blocks.0.mlp.fc1.weight"].shape[0],
+        qkv_bias="blocks.0.attn.qkv.bias" in state, layer_scale="blocks.0.ls1.gamma" in state,
+        norm_pre="norm_pre.weight" in state, **kind)
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} & state.keys():
         table = state["pos_embed"].numel() // width
         config.patch_size = state["patch_embed.proj.weight"].shape[-1]
@@ -744,18 +743,41 @@ def load_exactly(model, state, path, fresh=()):
 # Patches
 # ---------------------------------------------------------------------------------------------------------------------
 
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverProcesses.forward(ctx, grad)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over all axes but the last, across all processes: (..., C) -> (..., C).
 
-    torch's SyncBatchNorm is for GPUs only; this one also counts uneven shares right.
+    The first ten batches are averaged evenly: coordinates have variances near 1e-3, which a start at 1 would hide for a
+    hundred steps. torch's SyncBatchNorm is for GPUs only; this one also counts uneven shares right.
     """
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.seen = 0  # batches, counted to 10
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.seen = min(10, int(self.num_batches_tracked))
 
     def forward(self, x):
         rows = x.flatten(0, -2)
+        if self.training:
+            self.seen = min(10, self.seen + 1)
+            self.momentum = 1 / self.seen
         if not self.training or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return super().forward(rows).view_as(x)
-        rows = rows.float()
-        from torch.distributed.nn.functional import all_reduce as reduce  # `import torch` alone does not bring it
+        rows, reduce = rows.float(), _SumOverProcesses.apply
         total = reduce(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
         count = total[-1].detach()
         mean = total[:-1] / count
@@ -797,7 +819,9 @@ def pos_mlp(dim):
 def group_norm(x, norm):
     """GroupNorm with channels last, statistics over all axes but the first: (B, ..., C) -> scale, shift (B, C) each."""
     B, C = x.shape[0], x.shape[-1]
-    var, mean = torch.var_mean(x.float().view(B, -1, C), dim=1, correction=0)  # (B, C)
+    x = x.float().view(B, -1, C)
+    mean = x.mean(dim=1)  # (B, C); two plain passes are several times faster on CPUs than var_mean over a strided axis
+    var = (x - mean[:, None]).square().mean(dim=1)
     mean, var = mean.view(B, norm.num_groups, -1), var.view(B, norm.num_groups, -1)
     center = mean.mean(dim=2, keepdim=True)
     var = var.mean(dim=2, keepdim=True) + (mean - center).square().mean(dim=2, keepdim=True)
@@ -908,10 +932,8 @@ class Teacher(nn.Module):
 
     def __init__(self, config=None, trunk=None):
         super().__init__()
-        c = self.config = config or TeacherConfig()
-        if trunk is not None:
-            c.trunk = trunk.config
-        c.trunk = replace(c.trunk, patch_size=0)  # its image side is dropped
+        c = config or TeacherConfig()
+        c = self.config = replace(c, trunk=replace(trunk.config if trunk else c.trunk, patch_size=0))  # no image side
         self.trunk = Trunk(c.trunk)
         if trunk is not None:
             own = self.trunk.state_dict()
@@ -1155,7 +1177,10 @@ class Student(nn.Module):
         return self.head(self.decoder["norm"](x[:, x.shape[1] - M :]))  # not -M: M may be 0
 
     def encode(self, xyz):
-        """All tokens of whole clouds, class token first: (B, N, 3) -> (B, 1 + G, C)."""
+        """All tokens of whole clouds, class token first: (B, N, 3) -> (B, 1 + G, C); a numpy array gives a numpy array."""
+        if isinstance(xyz, np.ndarray):
+            with torch.no_grad():
+                return self.encode(torch.from_numpy(xyz).to(self.mask_token)).cpu().numpy()
         return self.encoder(*group_points(xyz, self.config.num_group, self.config.group_size))
 
 
@@ -1187,6 +1212,7 @@ def global_feature(tokens):
 
 @dataclass
 class ClassifierConfig(EncoderConfig):
+    num_group: int = 128
     num_classes: int = 40
     head: str = "mlp3"  # mlp3 or linear
 
@@ -1336,12 +1362,12 @@ def load(path, device="cpu", **sizes):
     if unknown := set(sizes) - known:
         raise ValueError(f"{path}: holds a {kind}, which has no size {min(unknown)!r}; its sizes: {', '.join(sorted(known))}")
     config = {**config, **sizes}
-    if kind == "Teacher" and "num_heads" in config:
-        config["trunk"] = {**config["trunk"], "num_heads": config.pop("num_heads")}
     try:
+        if kind == "Teacher" and "num_heads" in config:
+            config["trunk"] = {**config["trunk"], "num_heads": config.pop("num_heads")}
         model = cls(config_cls(**config))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its sizes make no {kind} ({error})") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its sizes make no {kind}: {error!r}") from error
     if fresh:
         warnings.warn(f"{path}: has no class token: encoder.cls_token and encoder.cls_pos start fresh")
     return load_exactly(model, state, path, fresh).to(device).eval()
@@ -1357,19 +1383,20 @@ def _from_release(state, path):
     kind = _told_by(state, _RELEASE)
     if kind is None:
         raise ValueError(f"{path}: holds no {', '.join(_RELEASE)} of a known form; its keys: {', '.join(list(state)[:3])} …")
-    state = _fuse_qkv(_rename(state, _RELEASE[kind], path), path)
-    # convolutions of size 1 are products: (out, in, 1) or (out, in, 1, 1) -> (out, in)
-    state = {k: v.flatten(1) if k.endswith(".weight") and v.ndim > 2 else v for k, v in state.items()}
+    state = _rename(state, _RELEASE[kind], path)
     try:
+        # convolutions of size 1 are products: (out, in, 1) or (out, in, 1, 1) -> (out, in)
+        state = _fuse_qkv({k: v.flatten(1) if k.endswith(".weight") and v.ndim > 2 else v for k, v in state.items()})
         config = _teacher_sizes(state, path) if kind == "Teacher" else _student_sizes(kind, state)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path}: the sizes of a {kind} cannot be read off: no {error.args[0]}") from error
+    except Exception as error:  # as in load_pretrained
+        raise ValueError(f"{path}: its tensors make no {kind}: {error!r}") from error
     if fresh:
         config["group_size"] = config["target_dim"] // 3  # Point-MAE predicts the points
     return kind, config, state, fresh
 
 
 def _student_sizes(kind, state):
+    """Config of a Student, Classifier or Segmenter, read off its tensors, under our names."""
     width = len(state["encoder.norm.weight"])
     depth = {part: len({m[1] for k in state if (m := _begins(part + ".blocks.#.", k))}) for part in ("encoder", "decoder")}
     config = dict(width=width, depth=depth["encoder"], num_heads=max(1, width // 64),
@@ -1384,6 +1411,7 @@ def _student_sizes(kind, state):
 
 
 def _teacher_sizes(state, path):
+    """Config of a Teacher, read off its tensors, under our names."""
     trunk = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     bert, clip = "norm.weight" not in trunk, "norm_pre.weight" in trunk
     prompt = state.get("visual_prompt_token", torch.empty(1, 0))
@@ -1392,7 +1420,7 @@ def _teacher_sizes(state, path):
         num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1],
         decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), num_prompt=prompt.shape[1],
         prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompt.shape[1] else "none", weights=Path(path).name,
-        trunk=asdict(_trunk_config(trunk, path, eps=1e-12 if bert else 1e-5 if clip else 1e-6, norm_first=not bert,
+        trunk=asdict(_trunk_config(trunk, eps=1e-12 if bert else 1e-5 if clip else 1e-6, norm_first=not bert,
                                    final_norm=not bert, quick_gelu=clip)))
 
 
@@ -1707,6 +1735,12 @@ def write_ply(path, xyz, colors=None):
         file.write("\n".join(head).encode() + rows.tobytes())
 
 
+def unit_sphere(xyz):
+    """Each cloud of (B, N, 3) with its centroid at 0 and its farthest point at radius 1, float32; one point stays at 0."""
+    xyz = xyz.double() - xyz.double().mean(1, keepdim=True)
+    return (xyz / xyz.norm(dim=2).amax(1)[:, None, None].clamp(min=1e-12)).float()
+
+
 @dataclass
 class Clouds:
     """Clouds of any sizes, end to end: cloud i is points[offsets[i]:offsets[i + 1]]."""
@@ -1746,11 +1780,7 @@ class Clouds:
         turn = torch.arange(num_points, device=size.device) % size[:, None]  # (B, num_points)
         flat = start[:, None] + torch.cat(order).gather(1, turn)
         xyz = self.points[flat]
-        if self.normalized:
-            xyz = xyz.double() - xyz.double().mean(1, keepdim=True)
-            radius = xyz.norm(dim=2).amax(1)[:, None, None].clamp(min=1e-12)  # a draw of one repeated point stays at 0
-            xyz = (xyz / radius).float()
-        return xyz, flat
+        return unit_sphere(xyz) if self.normalized else xyz, flat
 
 
 def _list_clouds(root):
@@ -1776,7 +1806,7 @@ def _list_clouds(root):
     return root, sorted(entries, key=lambda entry: (entry[0], entry[2]))
 
 
-def _cached_points(root, names, cache):
+def cached_points(root, names, cache):
     """The clouds `names`, read once, as a memory map (T, 3) and offsets (n + 1,).
 
     The cache is one file, the points and then the offsets, named by a hash of the clouds' names, sizes and times. It appears
@@ -1827,7 +1857,7 @@ def open_clouds(path, split=None, cache=None):
     if missing or not chosen:
         raise ValueError(f"{root}: {missing[0]} is listed, but not there" if missing else f"{path}: no clouds"
                          + (f" for {split!r} among its {len(entries)}" if entries else f", expected files {' '.join(READERS)}"))
-    points, offsets = _cached_points(root, [name for _, _, name in entries], cache)
+    points, offsets = cached_points(root, [name for _, _, name in entries], cache)
     offsets = offsets[chosen[0]:chosen[-1] + 2]  # they are in the order of the splits: the chosen ones are neighbours
     classes = sorted({label for _, label, _ in entries}) if all(label for _, label, _ in entries) else []
     labels = torch.tensor([classes.index(entries[i][1]) for i in chosen]) if classes else None
@@ -2093,13 +2123,15 @@ class Run:
     All that a step draws comes from seeds made of (seed, step), so that a resumed run goes on bit for bit, in the middle of
     an epoch too, and every process draws the same batch and takes its share of it.
     """
-    HARMLESS = {"out", "resume", "save_minutes", "log_every", "cache", "data", "device", "compile"}
+    HARMLESS = {"out", "resume", "save_minutes", "log_every", "cache", "data", "device", "compile", "vote", "predict", "features",
+                "category"}
 
     def __init__(self, config, model, clouds, weight_decay, clip=math.inf, extra=None):
         self.config, self.model, self.clip, self.extra = config, model, clip, dict(extra or {})
         self.device, self.rank = next(model.parameters()).device, int(os.environ.get("RANK", 0))
         self.world, self.names = int(os.environ.get("WORLD_SIZE", 1)), clouds.names
         self.batch = min(config.batch_size, len(clouds))
+        check_distinct(clouds, model.config.num_group)
         if self.batch < self.world:
             raise ValueError(f"--batch-size {self.batch} is less than the {self.world} processes")
         self.per_epoch = len(clouds) // self.batch  # the last, smaller batch is dropped, unless it is the only one
@@ -2310,9 +2342,9 @@ def loss_curve(log):
 
 
 SIZES = {  # the student's and the teacher's sizes; base is the paper's
-    "tiny": dict(points=512, trunk="vit_tiny_patch16_224", trunk_width=192,
-                 encoder=dict(num_group=32, group_size=16, width=192, depth=6, num_heads=3, encoder_dims=192),
-                 teacher=dict(num_group=32, group_size=16, encoder_dims=192, tokens_dims=192, decoder_dims=192, num_tokens=512,
+    "tiny": dict(points=1024, trunk="vit_tiny_patch16_224", trunk_width=192,
+                 encoder=dict(num_group=32, group_size=32, width=192, depth=6, num_heads=3, encoder_dims=192),
+                 teacher=dict(num_group=32, group_size=32, encoder_dims=192, tokens_dims=192, decoder_dims=192, num_tokens=512,
                               num_prompt=16)),
     "small": dict(points=1024, trunk="vit_small_patch16_384", trunk_width=384,
                   encoder=dict(width=384, depth=12, num_heads=6),
@@ -2327,6 +2359,14 @@ def resolve(config, device, defaults):
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     filled = {name: getattr(config, name) or value for name, value in {**defaults[size], "points": SIZES[size]["points"]}.items()}
     return replace(config, size=size, precision=precision, **filled)
+
+
+def check_distinct(clouds, num_group):
+    """Raises ValueError, naming the first cloud that has fewer distinct points than patches."""
+    for i, name in enumerate(clouds.names):
+        points = clouds[i]
+        if len(points[: 4 * num_group].unique(dim=0)) < num_group and (n := len(points.unique(dim=0))) < num_group:
+            raise ValueError(f"{name}: has {n} distinct points, wanted at least the {num_group} patches of the model")
 
 
 def open_data(config, device, everything=False):
