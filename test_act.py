@@ -3062,7 +3062,7 @@ def test_sigterm_saves_and_says_how_to_resume(tmp_path, cloud_folder):
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["step"] >= 1 and state["kind"] == "Teacher"
     refused = script("train_teacher.py", *args, "--resume", "--lr", "0.1")
-    assert refused.returncode == 2 and "--lr was 0.0005, is 0.1" in refused.stderr
+    assert refused.returncode == 2 and "--lr was 0.001, is 0.1" in refused.stderr
 
 
 DRIVER = '''
@@ -3183,6 +3183,36 @@ def test_a_bad_argument_is_one_line_and_code_2(tmp_path, name, args, message, ca
     assert stop.value.code == 2
     assert capfd.readouterr().err == f"error: {fill(message)}\n"
     assert not (tmp_path / "out").exists()
+
+
+# -- linear SVM -------------------------------------------------------------------------------------------------------
+
+def test_linear_svm_meets_the_optimality_condition_of_its_objective():
+    """At the minimum the gradient w - 2 C sum_i y_i x_i max(0, 1 - y_i w.x_i) vanishes, the intercept included."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    x[:, 0] += labels
+    w = act.linear_svm(x, labels, 3, C=0.5)
+    rows = torch.cat([x, torch.ones(60, 1)], dim=1).double()
+    y = 2.0 * F.one_hot(labels, 3) - 1
+    gradient = w - rows.T @ (y * (1 - y * (rows @ w)).clamp_min(0))
+    assert gradient.abs().max() < 1e-3
+
+
+def test_few_label_svm_is_right_on_separable_features_and_near_chance_on_noise():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 4
+    noise = torch.randn(120, 8, generator=generator)
+    assert act.few_label_svm(noise + 20 * F.one_hot(labels, 8), labels) == 100
+    assert 10 < act.few_label_svm(noise, labels) < 45
+    assert act.few_label_svm(noise, labels) == act.few_label_svm(noise, labels)
+
+
+def test_few_label_svm_is_taught_by_so_many_of_each_class(monkeypatch):
+    seen = []
+    monkeypatch.setattr(act, "svm_accuracy", lambda x, y, rest, z, C: seen.append((y.bincount().tolist(), z.bincount().tolist())) or 0.0)
+    act.few_label_svm(torch.randn(30, 2), torch.tensor([0] * 12 + [1] * 8 + [2] * 10)[torch.randperm(30)], shots=3, draws=4)
+    assert len(seen) == 16 and all(pair == ([3, 3, 3], [9, 5, 7]) for pair in seen)
 
 
 # =====================================================================================================================

@@ -17,17 +17,17 @@ import act
 from act import flag, say
 
 # -- config -----------------------------------------------------------------------------------------------------------
-DEFAULTS = {  # size: epochs and batch of a default run; base is the published one
-    "tiny": dict(epochs=16, batch_size=32),
-    "small": dict(epochs=50, batch_size=128),
-    "base": dict(epochs=300, batch_size=128),
+DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the published one
+    "tiny": dict(epochs=6, batch_size=16, lr=1e-3, log_every=10),
+    "small": dict(epochs=50, batch_size=128, lr=1e-3),
+    "base": dict(epochs=300, batch_size=128, lr=1e-3),
 }
 
 
 @dataclass
 class Config(act.RunConfig):
     out: str = flag("runs/student", "folder of the run's checkpoint, log, configuration and pictures")
-    lr: float = flag(1e-3, "peak learning rate", 1e-3, group="training")
+    lr: float = flag(0.0, "peak learning rate; 0: the size's default", 1e-3, group="training")
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05, group="training")
     teacher: str = flag("runs/teacher/last.pt", "the teacher's checkpoint, ours or the public release's", group="model")
     target: str = flag("teacher", "what is predicted at masked patches: the teacher's features, point coordinates or codes",
@@ -143,6 +143,8 @@ def main():
     if not isinstance(teacher, act.Teacher):
         raise ValueError(f"--teacher {config.teacher}: holds a {type(teacher).__name__}, wanted a Teacher")
     teacher.requires_grad_(False)
+    if config.compile:
+        act.compile_blocks(teacher)
     target = Target(config, teacher)
     G, S = teacher.config.num_group, teacher.config.group_size
     if not 0 < int(config.mask_ratio * G) < G:
@@ -185,15 +187,17 @@ def main():
     if rank == 0:
         torch.manual_seed(config.seed)
         untrained, figures = act.Student(sizes).to(device).eval(), {}
-        if train.labels is not None and test.labels is not None and len(train.classes) > 1:
-            for name, model in (("svm_untrained", untrained), ("svm_trained", student)):
-                figures[name] = act.svm_accuracy(*features(model, train, config.points, config.seed), *features(model, test, config.points, config.seed + 1))
+        if test.labels is not None and len(test.classes) > 1:
+            counts = test.labels.bincount()
+            shots = min(5, int(counts[counts > 0].min()) // 2)
+            for name, model in (("svm_untrained", untrained), ("svm_trained", student)) if shots else ():
+                figures[name] = act.few_label_svm(*features(model, test, config.points, config.seed), shots)
         run.close(pictures(config, student, untrained, target, test), **figures)
         if figures:
-            say(f"linear SVM on frozen features, {len(train.classes)} classes, accuracy on {len(test)} held-out clouds: "
+            say(f"linear SVM on frozen features of {len(test)} held-out clouds, {len(test.classes)} classes, {shots} labelled clouds each: "
                 f"{figures['svm_untrained']:.1f} % untrained -> {figures['svm_trained']:.1f} % trained")
         else:
-            say("the clouds have no classes: no linear SVM")
+            say("no linear SVM: it wants held-out clouds of two classes, two of each")
 
 
 if __name__ == "__main__":

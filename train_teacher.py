@@ -16,10 +16,10 @@ import act
 from act import flag, say
 
 # -- config -----------------------------------------------------------------------------------------------------------
-DEFAULTS = {  # size: epochs and batch of a default run; base is the published one
-    "tiny": dict(epochs=8, batch_size=32),
-    "small": dict(epochs=50, batch_size=64),
-    "base": dict(epochs=300, batch_size=64),
+DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the published one
+    "tiny": dict(epochs=2, batch_size=8, lr=1e-3, log_every=10),
+    "small": dict(epochs=50, batch_size=64, lr=5e-4),
+    "base": dict(epochs=300, batch_size=64, lr=5e-4),
 }
 PUBLISHED_STEPS = 196_500  # 300 epochs of 41,952 clouds in batches of 64; shorter runs scale the schedules
 
@@ -27,7 +27,7 @@ PUBLISHED_STEPS = 196_500  # 300 epochs of 41,952 clouds in batches of 64; short
 @dataclass
 class Config(act.RunConfig):
     out: str = flag("runs/teacher", "folder of the run's checkpoint, log, configuration and pictures")
-    lr: float = flag(5e-4, "peak learning rate", 5e-4, group="training")
+    lr: float = flag(0.0, "peak learning rate; 0: the size's default", 5e-4, group="training")
     weight_decay: float = flag(5e-4, "AdamW's weight decay", 5e-4, group="training")
     weights: str = flag("auto", "the trunk: auto (public weights if they can be had), random, a NAME of act.pretrained_names()\n"
                         "or the PATH of a weight file", "vit_base_patch16_384", group="model")
@@ -65,7 +65,7 @@ def evaluate(teacher, clouds, points, seed):
     """Reconstruction of whole held-out clouds, patches moved back to their centres: CD-L1, CD-L2 (unit sphere), F-score."""
     teacher.eval()
     device, sums, count = next(teacher.parameters()).device, torch.zeros(3, dtype=torch.float64), 0
-    for indices in torch.arange(min(len(clouds), 512)).split(32):
+    for indices in torch.linspace(0, len(clouds) - 1, min(len(clouds), 256)).long().split(32):
         xyz, _ = clouds.draw(indices, points, act.seeded(device, seed, "test", count))
         out = teacher(xyz, hard=True)
         fine = (out.fine + out.center[:, :, None]).flatten(1, 2)  # (B, G S, 3)
@@ -149,7 +149,7 @@ def main():
                   **{f"{k}_before": v for k, v in before.items()}, **{f"{k}_after": v for k, v in after.items()})
         for key, name in (("cd_l1", "CD-L1 x 1000"), ("cd_l2", "CD-L2 x 1000"), ("fscore", "F-score at 0.01, %")):
             scale = 100 if key == "fscore" else 1000
-            say(f"reconstruction of {min(len(test), 512)} held-out clouds, {name}: {scale * before[key]:.2f} untrained -> {scale * after[key]:.2f} trained")
+            say(f"reconstruction of {min(len(test), 256)} held-out clouds, {name}: {scale * before[key]:.2f} untrained -> {scale * after[key]:.2f} trained")
 
 
 if __name__ == "__main__":
