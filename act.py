@@ -2040,7 +2040,8 @@ def flag(default, help, paper=None, choices=None, group="run"):
 @dataclass
 class RunConfig:
     """The flags that every script has; a script's own dataclass adds to them."""
-    data: str = flag("synthetic", "'synthetic' (embedded shapes, made in memory) or the path of a data set", "ShapeNet-55", group="data")
+    data: str = flag("synthetic", "'synthetic' (embedded shapes, made in memory) or the path of a data set", "ShapeNet-55",
+                     group="data")
     cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds (default: beside the data)", group="data")
     size: str = flag("auto", "model size; base is the paper's; auto: base on a GPU, tiny on a CPU", "base",
                      ("auto", "tiny", "small", "base"), group="model")
@@ -2067,7 +2068,8 @@ def parse_flags(config_class, description, argv=None):
     for f in fields(config_class):
         meta, name = f.metadata, "--" + f.name.replace("_", "-")
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        said = f"{meta['help']} (default: {f.default!r}" + (f"; the paper: {meta['paper']}" if meta["paper"] is not None else "") + ")"
+        paper = f"; the paper: {meta['paper']}" if meta["paper"] is not None else ""
+        said = f"{meta['help']} (default: {f.default!r}{paper})"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=meta["choices"], metavar=f.name.upper())
         group.add_argument(name, dest=f.name, default=f.default, help=said.replace("%", "%%"), **kind)
     config = config_class(**vars(parser.parse_args(argv)))
@@ -2092,7 +2094,8 @@ def run_script(main):
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         if os.environ.get("ACT_DEBUG"):
             raise
-        code = fail(" ".join(str(error).split()) + (": lower --batch-size" if isinstance(error, torch.cuda.OutOfMemoryError) else ""))
+        advice = ": lower --batch-size" if isinstance(error, torch.cuda.OutOfMemoryError) else ""
+        code = fail(" ".join(str(error).split()) + advice)
     except RuntimeError as error:
         if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
             raise
@@ -2107,7 +2110,8 @@ def start_processes(config):
     """(device, rank, number of processes), as torchrun set them up; one process without it. Seeds everything."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {config.device}: " + ("no GPU here" if device.startswith("cuda") else "wanted auto, cpu, cuda or cuda:N"))
+        reason = "no GPU here" if device.startswith("cuda") else "wanted auto, cpu, cuda or cuda:N"
+        raise ValueError(f"--device {config.device}: {reason}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if device == "cuda":
@@ -2144,7 +2148,8 @@ def adamw(model, lr, weight_decay):
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     still = [p for name, p in trained if p.ndim <= 1 or name.endswith("bias") or "token" in name]
     ids = {id(p) for p in still}
-    groups = [dict(params=[p for _, p in trained if id(p) not in ids], weight_decay=weight_decay), dict(params=still, weight_decay=0.0)]
+    groups = [dict(params=[p for _, p in trained if id(p) not in ids], weight_decay=weight_decay),
+              dict(params=still, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
 
@@ -2189,7 +2194,8 @@ class Run:
         if self.config.resume and self.checkpoint.exists():
             self._resume()
         elif self.rank == 0:
-            earlier = [p for p in (self.checkpoint, self.log, self.out / "config.json", *self.out.glob("*.png")) if p.exists()]
+            earlier = [p for p in (self.checkpoint, self.log, self.out / "config.json", *self.out.glob("*.png"),
+                                   *self.out.glob("*.ply")) if p.exists()]
             if earlier:
                 aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
                 aside.mkdir(exist_ok=True)
@@ -2230,7 +2236,8 @@ class Run:
         save({"kind": type(self.model).__name__, "config": asdict(self.model.config), "model": self.model.state_dict(),
               "optimizer": self.optimizer.state_dict(), "step": self.step, "epoch": self.step // self.per_epoch,
               "random": torch.get_rng_state(), "settings": asdict(self.config), "clouds": self.digest, "sums": self.sums,
-              "seconds": self.seconds, "extra": self.extra, "versions": {"torch": str(torch.__version__), "numpy": np.__version__}},
+              "seconds": self.seconds, "extra": self.extra,
+              "versions": {"torch": str(torch.__version__), "numpy": np.__version__}},
              self.checkpoint)
 
     def record(self, **values):
@@ -2271,7 +2278,8 @@ class Run:
             torch.manual_seed(seed)  # dropout, drop path, Gumbel: different on every process
             generator = seeded(self.device, self.config.seed, "batch", self.step)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                value, parts = loss(self.net, self.step, indices, generator, share, **{k: v for k, v in numbers.items() if k != "lr"})
+                further = {k: v for k, v in numbers.items() if k != "lr"}
+                value, parts = loss(self.net, self.step, indices, generator, share, **further)
             self.optimizer.zero_grad(set_to_none=True)
             (value * weight).backward()
             norm = nn.utils.clip_grad_norm_(trained, self.clip)
@@ -2293,7 +2301,8 @@ class Run:
                 self.model.train()
                 self.record(**means)
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, (int, float)))
-                say(f"{self._clear()}epoch {-(-self.step // self.per_epoch)}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
+                epoch = -(-self.step // self.per_epoch)
+                say(f"{self._clear()}epoch {epoch}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
             ask = ends or self.world == 1 or self.step % 16 == 0  # many processes have to agree, which waits for all
             stopped = ask and self._any(bool(stop))
             if ends or stopped or ask and self._any(time.monotonic() - saved > 60 * self.config.save_minutes):
@@ -2302,7 +2311,8 @@ class Run:
                 self.save()
                 saved = time.monotonic()
             if stopped and self.step < self.total:
-                say(f"{self._clear()}stopped at step {self.step} of {self.total}; the same command with --resume goes on from {self.checkpoint}")
+                say(f"{self._clear()}stopped at step {self.step} of {self.total}; the same command with --resume goes on "
+                    f"from {self.checkpoint}")
                 sys.exit(128 + stop[0] if stop else 143)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -2335,8 +2345,9 @@ class Run:
     def _check(self, value, indices):
         if not torch.isfinite(value):
             names = ", ".join(self.names[i] for i in indices[:5].tolist())
+            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
             raise ValueError(f"the loss is not finite at step {self.step} (clouds {names}, …): lower --lr, or --precision fp32; "
-                             + (f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"))
+                             f"{kept}")
 
     def _progress(self, numbers):
         if self.rank == 0 and sys.stdout.isatty():
@@ -2354,10 +2365,15 @@ class Run:
         if self.rank:
             return
         self.record(**figures)
-        for name, image in pictures:
-            write_png(self.out / name, image)
+        for name, picture in pictures:  # an image, or what write_gallery takes
+            if isinstance(picture, np.ndarray):
+                write_png(self.out / f"{name}.png", picture)
+            else:
+                write_gallery(self.out / name, *picture)
         write_png(self.out / "loss.png", loss_curve(self.log))
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
         say(f"{self.seconds:.0f} s for {self.step} steps, peak memory {peak / 2**30:.2f} GiB; {self.out} holds "
             + ", ".join(sorted(p.name for p in self.out.iterdir() if p.is_file() and not p.name.startswith("."))))
 
@@ -2404,7 +2420,8 @@ def open_data(config, device, everything=False):
     if config.data == "synthetic":
         train, test = synthetic_clouds(50, seed=0), synthetic_clouds(20, seed=1)
     else:
-        whole = everything and any((Path(config.data) / name / "shapenet_pc").is_dir() for name in ("", "ShapeNet55-34", "ShapeNet55"))
+        roots = (Path(config.data) / name / "shapenet_pc" for name in ("", "ShapeNet55-34", "ShapeNet55"))
+        whole = everything and any(root.is_dir() for root in roots)
         train = open_clouds(config.data, None if whole else "train", config.cache or None)
         test = open_clouds(config.data, "test", config.cache or None)
     if device.type == "cuda" and train.points.nbytes < torch.cuda.mem_get_info()[0] // 4:
@@ -2515,6 +2532,19 @@ def montage(rows, columns=None, labels=None):
     for i, label in enumerate(labels or []):
         draw_text(image, 6, top + i * h + h / 2 - 8, label)
     return image
+
+
+def write_gallery(path, rows, columns, labels=None):
+    """Clouds side by side as a picture, `path`.png, and for other viewers as one coloured cloud, `path`.ply.
+
+    rows: lists of (xyz (N, 3), colors (N, 3) in 0..1 or None), under the headings `columns`.
+    """
+    path = Path(path)
+    write_png(path.with_suffix(".png"), montage([[render(xyz, colors) for xyz, colors in row] for row in rows], columns, labels))
+    placed = [(xyz + np.array([2.5 * x, -2.5 * y, 0], np.float32), np.full(xyz.shape, 0.5) if colors is None else colors)
+              for y, row in enumerate(rows) for x, (xyz, colors) in enumerate(row)]
+    xyz, colors = (np.concatenate(parts) for parts in zip(*placed))
+    write_ply(path.with_suffix(".ply"), xyz, np.uint8(255 * colors))
 
 
 def plot_lines(curves, title="", xlabel="", ylabel="", size=(640, 400)):

@@ -567,7 +567,7 @@ class Classification:
         if self.config.vote:
             figures.update(zip(("vote_accuracy", "vote_mean_accuracy"), accuracy(self.matrix(model, self.config.vote))))
         title = f"{figures['accuracy']:.1f} % of {len(self.test)} clouds"
-        return figures, [("confusion.png", act.plot_matrix(matrix.numpy(), self.classes, title))]
+        return figures, [("confusion", act.plot_matrix(matrix.numpy(), self.classes, title))]
 
 
 class Parts:
@@ -614,9 +614,8 @@ class Parts:
         rows, labels = [], [int(self.test.labels[i]) for i in fixed]
         for xyz, truth, predicted, label in zip(*self.answers(model, fixed), labels):
             first, last = self.ranges[label]
-            rows.append([act.render(xyz.numpy(), act.palette(last - first)[part.numpy() - first]) for part in (truth, predicted)])
-        image = act.montage(rows, ["truth", "prediction"], [self.classes[label] for label in labels])
-        return self.evaluate(model), [("parts.png", image)]
+            rows.append([(xyz.numpy(), act.palette(last - first)[part.numpy() - first]) for part in (truth, predicted)])
+        return self.evaluate(model), [("parts", (rows, ["truth", "prediction"], [self.classes[label] for label in labels]))]
 
 
 class Blocks:
@@ -722,14 +721,14 @@ class Scenes:
                 shown = (shown if len(shown) > 1 else np.arange(len(predicted)))[:: len(predicted) // 30_000 + 1]
                 up = act.normalize(room.xyz[shown][:, [0, 2, 1]] * [1, 1, -1])
                 colors = act.palette(len(self.classes))
-                rows.append([act.render(up, colors[labels[shown]]) for labels in (room.labels, predicted.numpy())])
+                rows.append([(up, colors[labels[shown]]) for labels in (room.labels, predicted.numpy())])
         each, (overall, mean), counts = iou(matrix).tolist(), accuracy(matrix), matrix.sum(1).tolist()
         say(f"{'class':12}{'IoU':>8}{'accuracy':>10}{'points':>12}")
         for label, value, hits, count in zip(self.classes, each, matrix.diag().tolist(), counts):
             say(f"{label:12}{value:8.1f}{100 * hits / count if count else math.nan:10.1f}{count:12d}")
         figures = dict(accuracy=overall, mean_accuracy=mean, miou=float(np.nanmean(each)))
         figures.update({f"iou_{label}": value for label, value in zip(self.classes, each)})
-        return figures, [("scene.png", act.montage(rows, ["truth", "prediction"], [room.name for room in self.test[:2]]))]
+        return figures, [("scene", (rows, ["truth", "prediction"], [room.name for room in self.test[:2]]))]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import types
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ from hypothesis import example, given, settings, strategies as st
 
 import act
 import finetune
+
+torch.set_num_threads(1)  # clouds are tiny here: threads would only wait for one another
 
 
 # =====================================================================================================================
@@ -2967,19 +2969,19 @@ def script(name, *args, processes=0, timeout=170):
                           capture_output=True, text=True, timeout=timeout, env=env)
 
 
-def log_of(cloud_folder):
-    return [json.loads(line) for line in (Path(cloud_folder) / "metrics.jsonl").read_text().splitlines()]
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
 def cloud_folder(tmp_path_factory):
-    """12 clouds of two classes as .npy files."""
+    """8 training and 4 test clouds of two classes as .npy files."""
     root = tmp_path_factory.mktemp("clouds")
     clouds = act.synthetic_clouds(6, seed=3, num_points=600)
     for i, label in enumerate(clouds.labels.tolist()):
         if clouds.classes[label] in ("torus", "chair"):
-            path = root / clouds.classes[label] / f"{i}.npy"
-            path.parent.mkdir(exist_ok=True)
+            path = root / ("train" if i % 6 < 4 else "test") / clouds.classes[label] / f"{i}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, clouds[i].numpy())
     return root
 
@@ -2995,7 +2997,7 @@ def teacher_run(tmp_path_factory, cloud_folder):
 def test_stage_one_leaves_its_results(teacher_run):
     out, done = teacher_run
     assert any(line.startswith("epoch 1 ") for line in done.stdout.splitlines())
-    assert {"last.pt", "metrics.jsonl", "config.json", "reconstruction.png", "loss.png"} <= {p.name for p in out.iterdir()}
+    assert {"last.pt", "metrics.jsonl", "config.json", "reconstruction.png", "reconstruction.ply", "loss.png"} <= {p.name for p in out.iterdir()}
     closing = log_of(out)[-1]
     for key in ("cd_l1", "cd_l2", "fscore"):
         assert closing[f"{key}_before"] >= 0 and closing[f"{key}_after"] >= 0
@@ -3067,7 +3069,7 @@ def test_sigterm_saves_and_says_how_to_resume(tmp_path, cloud_folder):
 
 DRIVER = '''
 import sys, torch, act
-from dataclasses import dataclass
+from dataclasses import dataclass  # of the driver
 
 @dataclass
 class Config(act.RunConfig):
@@ -3165,7 +3167,7 @@ BAD_ARGUMENTS = [
     ("train_teacher.py", ["--epochs", "-1"], "--epochs must not be negative, found -1"),
     ("train_teacher.py", ["--lr", "nan"], "--lr must not be negative, found nan"),
     ("train_teacher.py", ["--device", "tpu"], "--device tpu: wanted auto, cpu, cuda or cuda:N"),
-    ("train_teacher.py", ["--data", "{tmp}/absent"], "{tmp}/absent: no such cloud_folder"),
+    ("train_teacher.py", ["--data", "{tmp}/absent"], "{tmp}/absent: no such folder"),
     ("train_teacher.py", ["--weights", "vit_of_nobody"], "vit_of_nobody: neither a file nor one of the known names: {names}"),
     ("train_student.py", ["--teacher", "{tmp}/absent.pt"], "{tmp}/absent.pt: no such file"),
     ("train_student.py", ["--mask-ratio", "1.5"], "--mask-ratio must lie between 0 and 1, found 1.5"),
@@ -3213,6 +3215,91 @@ def test_few_label_svm_is_taught_by_so_many_of_each_class(monkeypatch):
     monkeypatch.setattr(act, "svm_accuracy", lambda x, y, rest, z, C: seen.append((y.bincount().tolist(), z.bincount().tolist())) or 0.0)
     act.few_label_svm(torch.randn(30, 2), torch.tensor([0] * 12 + [1] * 8 + [2] * 10)[torch.randperm(30)], shots=3, draws=4)
     assert len(seen) == 16 and all(pair == ([3, 3, 3], [9, 5, 7]) for pair in seen)
+
+
+# -- what can go wrong while training ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_run(tmp_path, cloud_set):
+    """A student's Run of a few steps in `tmp_path`, with the loss to train it by."""
+    @dataclass
+    class Config(act.RunConfig):
+        out: str = act.flag(str(tmp_path / "run"), "")
+
+    config = replace(Config(), steps=4, batch_size=4, lr=1e-3)
+    sizes = act.StudentConfig(num_group=8, group_size=8, width=32, depth=1, num_heads=1, encoder_dims=32, target_dim=24, decoder_depth=1)
+
+    def loss(net, step, indices, generator, share):
+        xyz, _ = cloud_set.draw(indices, 64, generator)
+        neighborhood, center = act.group_points(xyz, 8, 8)
+        return net(neighborhood, center, act.random_mask(center, 0.5, generator)).square().mean(), {}
+    return act.Run(config, act.Student(sizes), cloud_set, 0.05), loss
+
+
+@pytest.fixture(scope="module")
+def cloud_set():
+    return act.synthetic_clouds(1, seed=4, num_points=100)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small_run, cloud_set):
+    run, loss = small_run
+    run.save()
+    before = run.checkpoint.read_bytes()
+
+    def bad(net, step, *rest, **more):
+        value, parts = loss(net, step, *rest, **more)
+        return (value * math.nan if step == 2 else value), parts
+    with pytest.raises(ValueError, match=r"not finite at step 2 \(clouds .*lower --lr.*last good checkpoint is"):
+        run.train(lambda step: dict(lr=1e-3), bad)
+    assert run.checkpoint.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(small_run, monkeypatch):
+    run, _ = small_run
+    run.save()
+    before, names = run.checkpoint.read_bytes(), sorted(p.name for p in run.out.iterdir())
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.save()
+    assert run.checkpoint.read_bytes() == before and sorted(p.name for p in run.out.iterdir()) == names
+
+
+def test_an_earlier_run_is_set_aside_not_overwritten(small_run):
+    run, loss = small_run
+    run.train(lambda step: dict(lr=1e-3), loss)
+    before = run.checkpoint.read_bytes()
+    again = act.Run(run.config, run.model, act.synthetic_clouds(1, seed=4, num_points=100), 0.05)
+    assert not again.checkpoint.exists()
+    assert [p.read_bytes() for p in run.out.glob("earlier-*/last.pt")] == [before]
+
+
+def test_an_unwritable_folder_is_reported_before_training(tmp_path, cloud_set):
+    (tmp_path / "file").write_text("")
+    config = replace(act.RunConfig(), out=str(tmp_path / "file" / "run"), steps=1, batch_size=2, lr=1e-3)
+    with pytest.raises(ValueError, match="--out .*file/run: cannot be written"):
+        act.Run(config, act.Student(act.StudentConfig(num_group=8, group_size=8, width=32, depth=1, num_heads=1, encoder_dims=32)), cloud_set, 0.05)
+
+
+def test_fewer_distinct_points_than_patches_is_an_error_that_names_the_cloud():
+    points = torch.rand(5, 3).repeat(20, 1)
+    clouds = act.Clouds(points, torch.tensor([0, 100]), ["few.ply"])
+    with pytest.raises(ValueError, match="few.ply: has 5 distinct points, wanted at least the 8 patches"):
+        act.check_distinct(clouds, 8)
+    act.check_distinct(clouds, 5)
+
+
+def test_three_lines_of_python_and_numpy_in_and_out(tmp_path):
+    sizes = act.StudentConfig(num_group=8, group_size=8, width=32, depth=1, num_heads=1, encoder_dims=32)
+    act.save({"kind": "Student", "config": asdict(sizes), "model": act.Student(sizes).state_dict()}, tmp_path / "last.pt")
+    act.write_ply(tmp_path / "scan.ply", np.random.default_rng(0).normal(size=(200, 3)))
+    student = act.load(tmp_path / "last.pt")
+    cloud = act.read_cloud(tmp_path / "scan.ply")[None]
+    tokens = student.encode(cloud)
+    assert isinstance(tokens, np.ndarray) and tokens.shape == (1, 9, 32)
+    assert np.array_equal(tokens, student.encode(torch.from_numpy(cloud)).detach().numpy())
 
 
 # =====================================================================================================================

@@ -10,6 +10,7 @@ Leaves last.pt, metrics.jsonl, config.json, reconstruction.png, features.png and
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -51,7 +52,7 @@ class Target:
         """prediction: (B, M, D) at the groups `masked` (B, M) -> scalar."""
         if self.config.target == "coordinates":  # Point-MAE: CD-L2 of the masked patches
             truth = act.gather_points(neighborhood.flatten(2), masked)
-            return act.chamfer_distance(prediction.float().view(-1, truth.shape[-1] // 3, 3), truth.view(-1, truth.shape[-1] // 3, 3), norm=2)
+            return act.chamfer_distance(*(t.float().reshape(-1, self.dim // 3, 3) for t in (prediction, truth)), norm=2)
         with torch.no_grad():
             if self.config.target == "codes":
                 codes = self.teacher.tokenize(neighborhood, center).gather(1, masked)
@@ -101,7 +102,7 @@ def features(student, clouds, points, seed, limit=4000):
 
 @torch.no_grad()
 def pictures(config, student, untrained, target, clouds):
-    """reconstruction.png: input, visible patches, output; features.png: principal components of the patches' features."""
+    """reconstruction: input, visible patches, output; features: principal components of the patches' features."""
     device = next(student.parameters()).device
     fixed = torch.arange(0, len(clouds), max(1, len(clouds) // 5))[:5]
     xyz, _ = clouds.draw(fixed, config.points, act.seeded(device, config.seed, "picture"))
@@ -113,19 +114,14 @@ def pictures(config, student, untrained, target, clouds):
           "student": student.encode(xyz)[:, 1:], "untrained": untrained.encode(xyz)[:, 1:]}
     reconstruction, components = [], []
     for i in range(len(xyz)):
-        whole = (neighborhood[i] + center[i][:, None]).cpu()
-        seen = whole[visible[i].cpu()].flatten(0, 1)
-        made = (output[i] + center[i][masked[i]][:, None]).cpu().flatten(0, 1)
+        cloud = xyz[i].cpu().numpy()
+        seen = (neighborhood[i] + center[i][:, None])[visible[i]].flatten(0, 1).cpu().numpy()
+        made = (output[i] + center[i][masked[i]][:, None]).flatten(0, 1).cpu().numpy()
         colors = act.palette(2)[[0] * len(seen) + [1] * len(made)]
-        reconstruction.append([act.render(xyz[i].cpu().numpy()), act.render(seen.numpy(), act.palette(1).repeat(len(seen), axis=0)),
-                               act.render(torch.cat([seen, made]).numpy(), colors)])
-        points = [act.render(xyz[i].cpu().numpy())]
-        for tokens in of.values():
-            carried = act.interpolate(xyz[i : i + 1], center[i : i + 1], tokens[i : i + 1].float())[0]
-            points.append(act.render(xyz[i].cpu().numpy(), act.pca_colors(carried.cpu().numpy())))
-        components.append(points)
-    return [("reconstruction.png", act.montage(reconstruction, ["input", "visible", "output"])),
-            ("features.png", act.montage(components, ["input", *of]))]
+        reconstruction.append([(cloud, None), (seen, colors[: len(seen)]), (np.concatenate([seen, made]), colors)])
+        carried = [act.interpolate(xyz[i : i + 1], center[i : i + 1], tokens[i : i + 1].float())[0] for tokens in of.values()]
+        components.append([(cloud, None), *((cloud, act.pca_colors(tokens.cpu().numpy())) for tokens in carried)])
+    return [("reconstruction", (reconstruction, ["input", "visible", "output"])), ("features", (components, ["input", *of]))]
 
 
 def main():
@@ -148,12 +144,13 @@ def main():
     target = Target(config, teacher)
     G, S = teacher.config.num_group, teacher.config.group_size
     if not 0 < int(config.mask_ratio * G) < G:
-        raise ValueError(f"--mask-ratio {config.mask_ratio} hides {int(config.mask_ratio * G)} of the {G} patches, wanted some and not all")
+        raise ValueError(f"--mask-ratio {config.mask_ratio} hides {int(config.mask_ratio * G)} of the {G} patches, wanted some, not all")
     sizes = act.StudentConfig(**{**act.SIZES[config.size]["encoder"], "num_group": G, "group_size": S}, target_dim=target.dim)
     torch.manual_seed(config.seed)
     student = act.Student(sizes).to(device)
-    say(f"stage II on {device} x {world}, {config.precision}: size {config.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M "
-        f"parameters; target {config.target} of a teacher whose trunk is {teacher.config.weights}; "
+    parameters = sum(p.numel() for p in student.parameters())
+    say(f"stage II on {device} x {world}, {config.precision}: size {config.size}, {parameters / 1e6:.1f} M parameters; "
+        f"target {config.target} of a teacher whose trunk is {teacher.config.weights}; "
         f"{len(train)} clouds of {config.points} points, {len(test)} held out")
 
     # -- optimizer, resume --------------------------------------------------------------------------------------------
@@ -194,8 +191,8 @@ def main():
                 figures[name] = act.few_label_svm(*features(model, test, config.points, config.seed), shots)
         run.close(pictures(config, student, untrained, target, test), **figures)
         if figures:
-            say(f"linear SVM on frozen features of {len(test)} held-out clouds, {len(test.classes)} classes, {shots} labelled clouds each: "
-                f"{figures['svm_untrained']:.1f} % untrained -> {figures['svm_trained']:.1f} % trained")
+            say(f"linear SVM on frozen features of {len(test)} held-out clouds, {len(test.classes)} classes, {shots} labelled clouds "
+                f"each: {figures['svm_untrained']:.1f} % untrained -> {figures['svm_trained']:.1f} % trained")
         else:
             say("no linear SVM: it wants held-out clouds of two classes, two of each")
 

@@ -84,11 +84,11 @@ def picture(teacher, clouds, points, seed):
     rows = []
     for i in range(len(xyz)):
         center = out.center[i][:, None]
-        patches, coarse, fine = ((t[i] + center).cpu() for t in (out.neighborhood, out.coarse, out.fine))
+        patches, coarse, fine = ((t[i] + center).cpu().numpy() for t in (out.neighborhood, out.coarse, out.fine))
         colors = act.palette(len(patches)).repeat(patches.shape[1], axis=0)
-        rows.append([act.render(xyz[i].cpu().numpy()), act.render(patches.flatten(0, 1).numpy(), colors),
-                     act.render(coarse.flatten(0, 1).numpy()), act.render(fine.flatten(0, 1).numpy())])
-    return act.montage(rows, ["input", "patches", "coarse", "fine"])
+        rows.append([(xyz[i].cpu().numpy(), None), (patches.reshape(-1, 3), colors),
+                     (coarse.reshape(-1, 3), None), (fine.reshape(-1, 3), None)])
+    return rows, ["input", "patches", "coarse", "fine"]
 
 
 def main():
@@ -109,8 +109,8 @@ def main():
     torch.manual_seed(config.seed)
     teacher = act.Teacher(sizes, trunk).to(device)
     trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
-    say(f"stage I on {device} x {world}, {config.precision}: size {config.size}, trunk {weights} ({teacher.config.trunk.width} wide, "
-        f"{teacher.config.trunk.depth} layers, frozen), {trained / 1e6:.1f} M trained parameters; "
+    say(f"stage I on {device} x {world}, {config.precision}: size {config.size}, trunk {weights} "
+        f"({teacher.config.trunk.width} wide, {teacher.config.trunk.depth} layers, frozen), {trained / 1e6:.1f} M trained parameters; "
         f"{len(train)} clouds of {points} points, {len(test)} held out")
 
     # -- optimizer, resume --------------------------------------------------------------------------------------------
@@ -145,11 +145,12 @@ def main():
         torch.manual_seed(config.seed)
         untrained = act.Teacher(sizes, teacher.trunk).to(device)
         before, after = (evaluate(model, test, points, config.seed) for model in (untrained, teacher))
-        run.close([("reconstruction.png", picture(teacher, test, points, config.seed))],
+        run.close([("reconstruction", picture(teacher, test, points, config.seed))],
                   **{f"{k}_before": v for k, v in before.items()}, **{f"{k}_after": v for k, v in after.items()})
         for key, name in (("cd_l1", "CD-L1 x 1000"), ("cd_l2", "CD-L2 x 1000"), ("fscore", "F-score at 0.01, %")):
             scale = 100 if key == "fscore" else 1000
-            say(f"reconstruction of {min(len(test), 256)} held-out clouds, {name}: {scale * before[key]:.2f} untrained -> {scale * after[key]:.2f} trained")
+            say(f"reconstruction of {min(len(test), 256)} held-out clouds, {name}: {scale * before[key]:.2f} untrained -> "
+                f"{scale * after[key]:.2f} trained")
 
 
 if __name__ == "__main__":
