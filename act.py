@@ -2067,11 +2067,12 @@ def parse_flags(config_class, description, argv=None):
     groups = {}
     for f in fields(config_class):
         meta, name = f.metadata, "--" + f.name.replace("_", "-")
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
         paper = f"; the paper: {meta['paper']}" if meta["paper"] is not None else ""
         said = f"{meta['help']} (default: {f.default!r}{paper})"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=meta["choices"], metavar=f.name.upper())
-        group.add_argument(name, dest=f.name, default=f.default, help=said.replace("%", "%%"), **kind)
+        groups[meta["group"]].add_argument(name, dest=f.name, default=f.default, help=said.replace("%", "%%"), **kind)
     config = config_class(**vars(parser.parse_args(argv)))
     for name in ("points", "epochs", "steps", "batch_size", "lr", "save_minutes", "log_every"):
         if not 0 <= getattr(config, name) < math.inf:

@@ -5,7 +5,7 @@
     python train_student.py --data ShapeNet55 --size base --teacher runs/teacher/last.pt       # the published run, on a GPU
     torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base                 # the same batch on 8 GPUs
 
-Leaves last.pt, metrics.jsonl, config.json, reconstruction.png, features.png and loss.png in --out.
+Leaves last.pt, metrics.jsonl, config.json, reconstruction, features (.png and .ply) and loss.png in --out.
 """
 
 from dataclasses import dataclass

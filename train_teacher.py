@@ -1,11 +1,11 @@
 """Stage I (Sec. 4.1): a frozen pretrained Transformer becomes a 3D autoencoder, the teacher.
 
-    python train_teacher.py                                                        # embedded shapes, a minute's reading
+    python train_teacher.py                                                        # embedded shapes, minutes on two cores
     python train_teacher.py --data my_clouds --out runs/mine                       # a folder of your own clouds
     python train_teacher.py --data ShapeNet55 --size base --weights vit_base_patch16_384      # the published run, on a GPU
     torchrun --nproc_per_node=8 train_teacher.py --data ShapeNet55 --size base                # the same batch on 8 GPUs
 
-Leaves last.pt, metrics.jsonl, config.json, reconstruction.png and loss.png in --out.
+Leaves last.pt, metrics.jsonl, config.json, reconstruction (.png and .ply) and loss.png in --out.
 """
 
 from dataclasses import dataclass, replace
