@@ -1339,15 +1339,10 @@ def few_label_svm(features, labels, shots=5, draws=5, seed=0):
         order = torch.rand(len(labels), generator=generator) + labels.cpu() * 2  # by class, at random within
         rank = torch.empty(len(labels), dtype=torch.long).scatter_(0, order.argsort(), torch.arange(len(labels)))
         first = torch.searchsorted(labels.cpu().sort().values, labels.cpu())
-        taught.append((rank - first < shots).to(labels.device))
-    best = 0.0
-    for C in (0.001, 0.01, 0.1, 1.0):
-        figures = []
-        for t in taught:
-            x = (features - features[t].mean(dim=0)) / (features[t].std(dim=0) + 1e-6)
-            figures.append(svm_accuracy(x[t], labels[t], x[~t], labels[~t], C))
-        best = max(best, sum(figures) / draws)
-    return best
+        t = (rank - first < shots).to(labels.device)
+        x = (features - features[t].mean(dim=0)) / (features[t].std(dim=0) + 1e-6)
+        taught.append((x[t], labels[t], x[~t], labels[~t]))
+    return max(sum(svm_accuracy(*split, C) for split in taught) / draws for C in (0.001, 0.01, 0.1, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2241,10 +2236,14 @@ class Run:
               "versions": {"torch": str(torch.__version__), "numpy": np.__version__}},
              self.checkpoint)
 
+    def epoch(self):
+        """The epoch that the last step belongs to, from 1."""
+        return -(-self.step // self.per_epoch)
+
     def record(self, **values):
         """Appends one object to metrics.jsonl; figures that are not finite become null."""
         if self.rank == 0:
-            values = {"epoch": -(-self.step // self.per_epoch), "step": self.step, "seconds": round(self.seconds, 2), **values}
+            values = {"epoch": self.epoch(), "step": self.step, "seconds": round(self.seconds, 2), **values}
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with open(self.log, "a") as file:
                 file.write(json.dumps(values) + "\n")
@@ -2293,17 +2292,16 @@ class Run:
             ends = self.step % self.per_epoch == 0 or self.step == self.total
             if self.config.log_every and self.step % self.config.log_every == 0 and not ends:
                 self.record(**{**self._means(), **numbers})
-            self._progress(numbers)
+            self._progress()
             if ends:
                 means = self._means()
                 self._check(torch.tensor(means["loss"]), indices)
                 self.sums = {}
-                means.update(numbers, **finish_epoch(-(-self.step // self.per_epoch)))
+                means.update(numbers, **finish_epoch(self.epoch()))
                 self.model.train()
                 self.record(**means)
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, (int, float)))
-                epoch = -(-self.step // self.per_epoch)
-                say(f"{self._clear()}epoch {epoch}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
+                say(f"{self._clear()}epoch {self.epoch()}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
             ask = ends or self.world == 1 or self.step % 16 == 0  # many processes have to agree, which waits for all
             stopped = ask and self._any(bool(stop))
             if ends or stopped or ask and self._any(time.monotonic() - saved > 60 * self.config.save_minutes):
@@ -2350,7 +2348,7 @@ class Run:
             raise ValueError(f"the loss is not finite at step {self.step} (clouds {names}, …): lower --lr, or --precision fp32; "
                              f"{kept}")
 
-    def _progress(self, numbers):
+    def _progress(self):
         if self.rank == 0 and sys.stdout.isatty():
             rate = self.step * self.batch / max(1e-9, self.seconds)
             left = (self.total - self.step) * self.batch / rate
