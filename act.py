@@ -452,57 +452,49 @@ _PUBLISHED = {
     "minilm_l6": _HF + "sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors",
 }
 
-
-def _within(old, new, table):
-    """A table of names moved below a prefix on either side."""
-    return {old + k: new + v for k, v in table.items()}
-
-
-# Tables: {what a key begins with: what that becomes, None: dropped}, the first that fits; `#` is a block's number.
-_OPENAI_BLOCK = {"ln_1.": "norm1.", "attn.in_proj_": "attn.qkv.", "attn.out_proj.": "attn.proj.", "ln_2.": "norm2.",
-                 "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2."}
-_BERT_BLOCK = {"attention.self.query.": "attn.q.", "attention.self.key.": "attn.k.", "attention.self.value.": "attn.v.",
-               "attention.output.dense.": "attn.proj.", "attention.output.LayerNorm.": "norm1.",
-               "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.", "output.LayerNorm.": "norm2."}
-_LAYOUTS = {  # a layout is told by the first name of its table
+# What a key is called in some releases of a library, and in the others.
+_SPELLINGS = ((r"^(bert|roberta|vit)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
+              (r"^layers\.", "encoder.layer."), (r"\.(kernel|scale)$", ".weight"), (r"^MAE_", "ACT_"),
+              (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."),
+              (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
+# The names within a block, whatever the layout: ours, and those of the publishers.
+_BLOCK = {theirs: ours for ours, names in {
+    "norm1.": "norm1. ln_1. layernorm_before. LayerNorm_0. attention.output.LayerNorm.",
+    "norm2.": "norm2. ln_2. layernorm_after. LayerNorm_2. output.LayerNorm.",
+    "attn.qkv.": "attn.qkv. attn.in_proj_ self_attention.in_proj_",
+    "attn.q.": "attention.attention.query. attention.self.query. attention.q_proj. MultiHeadDotProductAttention_1.query.",
+    "attn.k.": "attention.attention.key. attention.self.key. attention.k_proj. MultiHeadDotProductAttention_1.key.",
+    "attn.v.": "attention.attention.value. attention.self.value. attention.v_proj. MultiHeadDotProductAttention_1.value.",
+    "attn.proj.": "attn.proj. attn.out_proj. self_attention.out_proj. attention.output.dense. attention.o_proj. "
+                  "MultiHeadDotProductAttention_1.out.",
+    "mlp.fc1.": "mlp.fc1. mlp.c_fc. mlp.0. mlp.linear_1. intermediate.dense. MlpBlock_3.Dense_0.",
+    "mlp.fc2.": "mlp.fc2. mlp.c_proj. mlp.3. mlp.linear_2. output.dense. MlpBlock_3.Dense_1.",
+    "ls1.": "ls1.", "ls2.": "ls2."}.items() for theirs in names.split()}
+# The names around: {what a key begins with: what that becomes, None: dropped}, the first that fits; a layout is told by its first.
+_LAYOUTS = {
     "timm": {
-        **{k: k for k in ("blocks.#.", "cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm.")},
+        **{k: k for k in ("blocks.", "cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm.")},
         "register_tokens": "reg_token",
         **dict.fromkeys(("head.", "head_dist.", "pre_logits.", "mask_token", "decoder_", "dino_head.", "ibot_head."))},
     "torchvision": {
-        **_within("encoder.layers.encoder_layer_#.", "blocks.#.", {
-            "ln_1.": "norm1.", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj.": "attn.proj.",
-            "ln_2.": "norm2.", "mlp.0.": "mlp.fc1.", "mlp.3.": "mlp.fc2.",
-            "mlp.linear_1.": "mlp.fc1.", "mlp.linear_2.": "mlp.fc2."}),  # as older releases name them
-        "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj.": "patch_embed.proj.",
-        "encoder.ln.": "norm.", "heads.": None},
+        "encoder.layers.encoder_layer_": "blocks.", "class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
+        "conv_proj.": "patch_embed.proj.", "encoder.ln.": "norm.", "heads.": None},
     "huggingface": {
-        **_within("encoder.layer.#.", "blocks.#.", {
-            "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "attention.attention.query.": "attn.q.",
-            "attention.attention.key.": "attn.k.", "attention.attention.value.": "attn.v.",
-            "attention.output.dense.": "attn.proj.", "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2.",
-            # and as transformers 5 has them in memory:
-            "attention.q_proj.": "attn.q.", "attention.k_proj.": "attn.k.", "attention.v_proj.": "attn.v.",
-            "attention.o_proj.": "attn.proj.", "mlp.": "mlp."}),
-        "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed", "layernorm.": "norm.",
-        "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+        "encoder.layer.0.layernorm_before.": "blocks.0.norm1.",  # where BERT is none
+        "encoder.layer.": "blocks.", "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection.": "patch_embed.proj.", "layernorm.": "norm.",
         **dict.fromkeys(("embeddings.mask_token", "pooler.", "classifier.", "decoder."))},
     "clip": {
-        **_within("visual.transformer.resblocks.#.", "blocks.#.", _OPENAI_BLOCK),
-        "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed", "visual.conv1.": "patch_embed.proj.",
+        "visual.transformer.resblocks.": "blocks.", "visual.class_embedding": "cls_token",
+        "visual.positional_embedding": "pos_embed", "visual.conv1.": "patch_embed.proj.",
         "visual.ln_pre.": "norm_pre.", "visual.ln_post.": "norm.",
         **dict.fromkeys(("visual.proj", "transformer.", "token_embedding.", "ln_final.", "positional_embedding",
                          "text_projection", "logit_scale", "input_resolution", "context_length", "vocab_size"))},
     "jax": {
-        **_within("Transformer/encoderblock_#/", "blocks.#.", {
-            **_within("MultiHeadDotProductAttention_1/", "attn.", {
-                "query/": "q.", "key/": "k.", "value/": "v.", "out/": "proj."}),
-            "LayerNorm_0/": "norm1.", "LayerNorm_2/": "norm2.",
-            "MlpBlock_3/Dense_0/": "mlp.fc1.", "MlpBlock_3/Dense_1/": "mlp.fc2."}),
-        "cls": "cls_token", "Transformer/posembed_input/pos_embedding": "pos_embed", "embedding/": "patch_embed.proj.",
-        "Transformer/encoder_norm/": "norm.", "head/": None, "pre_logits/": None},
+        "Transformer.encoderblock_": "blocks.", "cls": "cls_token", "Transformer.posembed_input.pos_embedding": "pos_embed",
+        "embedding.": "patch_embed.proj.", "Transformer.encoder_norm.": "norm.", "head.": None, "pre_logits.": None},
     "bert": {
-        **_within("encoder.layer.#.", "blocks.#.", _BERT_BLOCK),
+        "encoder.layer.": "blocks.",
         **dict.fromkeys(("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs."))},
 }
 
@@ -514,18 +506,16 @@ def pretrained_names():
 
 def _download(name):
     """Published weights in torch.hub's cache, fetched on first use; hash checked where the publisher gives one."""
-    url = _PUBLISHED[name]
-    # Hugging Face calls every one of its files the same
-    file = f"{name}.safetensors" if url.endswith("/model.safetensors") else url.rsplit("/", 1)[1]
+    url, timeout = _PUBLISHED[name], socket.getdefaulttimeout()
+    file = url.rsplit("/", 1)[1].replace("model.safetensors", f"{name}.safetensors")  # Hugging Face calls all files the same
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if path.exists():
         return path
-    digest = re.search(r"-([0-9a-f]{8})\.pth$|/([0-9a-f]{64})/", url)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # torch.hub offers no other way to bound the wait
+    digest = re.search(r"(?<=-)[0-9a-f]{8}(?=\.pth$)|(?<=/)[0-9a-f]{64}(?=/)", url)
     try:
+        socket.setdefaulttimeout(10)  # torch.hub offers no other way to bound the wait
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and (digest[1] or digest[2]), progress=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and digest[0])
         read_tensors(path)  # a transfer cut short has no hash to fail, and must not stay in the cache
     except Exception as error:  # whatever the network or the disk trips over
         if path.exists():
@@ -537,22 +527,19 @@ def _download(name):
     return path
 
 
-def _read_safetensors(path):
+def _read_safetensors(data):
     """8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then raw little-endian tensors."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-    data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:start]), bytearray(data[start:])
-    state = {}
+    header, body, state = json.loads(data[8:start]), torch.frombuffer(data, dtype=torch.uint8)[start:], {}
+    header.pop("__metadata__", None)
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         (begin, end), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], entry["shape"]
-        count = math.prod(shape)
-        if not 0 <= begin <= end <= len(body) or count * dtype.itemsize != end - begin:
+        raw = body[begin:end].clone()  # cloned, since a tensor may begin at any byte
+        if not len(raw) == end - begin == math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name} does not fit in the file")
-        state[name] = torch.frombuffer(body, dtype=dtype, count=count, offset=begin).view(shape) if count else torch.empty(shape)
+        state[name] = raw.view(dtype).view(shape)
     return state
 
 
@@ -577,63 +564,68 @@ def read_tensors(path):
     try:
         with open(path, "rb") as file:
             head = file.read(9)
+        if head[8:] == b"{":
+            return _read_safetensors(bytearray(path.read_bytes()))
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
                 code = any(b"__setstate__" in archive.read(name) for name in names if name.endswith(".py"))
             if all(name.endswith(".npy") for name in names):
                 with np.load(path, allow_pickle=False) as arrays:
-                    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                    return {name: torch.from_numpy(array) for name, array in arrays.items()}
             if any(name.endswith("/constants.pkl") for name in names):
                 if code:
                     raise ValueError("a TorchScript archive with code that runs on loading")
                 return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        elif head[8:9] == b"{":
-            return _read_safetensors(path)
         torch.serialization.add_safe_globals(_NUMPY_NAMES)
         with open(path, "rb") as file:  # not by path: torch would go by the extension
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes the readers trip over
         code = re.search(r"GLOBAL (\S+)", str(error))  # so torch names it, with much advice that is better not given
         reason = f"it would run {code[1]}" if code else str(error).rpartition("error: ")[2].strip().split("\n")[0]
-        reason = reason or type(error).__name__
-        raise ValueError(f"{path}: not a readable weight file, corrupt or of another kind ({reason})") from error
+        raise ValueError(f"{path}: not a readable weight file, corrupt or of another kind "
+                         f"({reason or type(error).__name__})") from error
     finally:  # torch 2.4 has no context manager for this
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(allowed)
 
 
 def _state_dict(obj, path):
-    """The flat dict of tensors inside the usual wrappings, without the prefixes that wrappers add."""
+    """The flat dict of tensors inside the usual wrappings, its keys dotted and without the prefixes that wrappers add."""
     for key in ("model", "state_dict", "teacher", "base_model", "model_state_dict"):
         if isinstance(obj, dict) and isinstance(obj.get(key), dict):
             obj = obj[key]
     state = {k: v for k, v in obj.items() if isinstance(v, torch.Tensor)} if isinstance(obj, dict) else {}
     if not state:
         raise ValueError(f"{path}: holds no tensors by name, wanted a state dict")
-    return {re.sub(r"^(module\.|backbone\.|base_model\.|opt/target/)+", "", str(k)): v for k, v in state.items()}
+    prefix = r"^(module\.|backbone\.|base_model\.|opt\.target\.)+"
+    return {re.sub(prefix, "", str(k).replace("/", ".")): v for k, v in state.items()}
 
 
-def _begins(old, key):
-    """Whether, and how, a key begins with a table's name."""
-    return re.match(re.escape(old).replace(r"\#", r"(\d+)"), key)
+def _translate(state, tables, what, path):
+    """(name of the table that fits, the state under our names); a key that the table does not cover is an error."""
+    for old, new in _SPELLINGS:
+        state = {re.sub(old, new, key): value for key, value in state.items()}
+    told = next((name for name, table in tables.items() if any(key.startswith(next(iter(table))) for key in state)), None)
+    if told is None:
+        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}): {', '.join(list(state)[:3])} …")
 
+    def rename(name, table):
+        old = next((old for old in table if name.startswith(old)), None)
+        if old is None:
+            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) belongs to no known layout of its kind")
+        return table[old] and table[old] + name.removeprefix(old)
 
-def _told_by(state, tables):
-    """The first of {name: table} whose table's first entry begins some key, or None."""
-    return next((name for name, table in tables.items() if any(_begins(next(iter(table)), key) for key in state)), None)
-
-
-def _rename(state, table, path):
-    """The state under the table's new names; a key that it does not cover is an error."""
     out = {}
     for key, value in state.items():
-        match, new = next(((m, new) for old, new in table.items() if (m := _begins(old, key))), (None, None))
-        if match is None:
-            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) belongs to no known layout of its kind")
-        if new is not None:
-            out[match.expand(new.replace("#", r"\1")) + key[match.end():]] = value
-    return out
+        new = rename(key, tables[told])
+        if new and (block := re.match(r".*blocks\.\d+\.", new)):
+            new = block[0] + rename(new[block.end():], _BLOCK)
+        if new in out:
+            raise ValueError(f"{path}: stray key {key!r}, since another one is {new!r} already")
+        if new:
+            out[new] = value
+    return told, out
 
 
 def _fuse_qkv(state):
@@ -645,14 +637,12 @@ def _fuse_qkv(state):
 
 
 def _from_jax(key, value):
-    """JAX keeps matrices as (in, out), heads apart, and images as (H, W, in, out). -> key and value as torch has them."""
-    if key == "patch_embed.proj.kernel":
-        value = value.permute(3, 2, 0, 1)
-    elif key.endswith(".kernel"):
-        value = (value.flatten(0, 1) if ".attn.proj." in key else value.flatten(1)).t()
-    elif key.endswith(".bias"):
-        value = value.flatten()
-    return re.sub(r"\.(kernel|scale)$", ".weight", key), value
+    """JAX keeps matrices as (in, out), heads apart, and images as (H, W, in, out). -> as torch has them."""
+    if key == "patch_embed.proj.weight":
+        return value.permute(3, 2, 0, 1)
+    if key.endswith(".weight") and value.ndim > 1:
+        return (value.flatten(0, 1) if ".attn.proj." in key else value.flatten(1)).t()
+    return value.flatten() if key.endswith(".bias") else value
 
 
 def load_pretrained(name_or_path, num_heads=None):
@@ -667,31 +657,22 @@ def load_pretrained(name_or_path, num_heads=None):
     if not path.is_file():
         raise ValueError(f"{path}: neither a file nor one of the known names: {', '.join(_PUBLISHED)}")
     state = _state_dict(read_tensors(path), path)
-    beside, config = path.parent / "config.json", {}  # as Hugging Face publishes it
-    if beside.is_file():
-        try:
-            config = dict(json.loads(beside.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{beside}: not a JSON object ({error})") from error
-        if config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"{beside}: hidden_act {config['hidden_act']!r}, wanted 'gelu'")
+    beside = path.parent / "config.json"  # as Hugging Face publishes it
+    try:
+        config = dict(json.loads(beside.read_text())) if beside.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{beside}: not a JSON object ({error})") from error
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{beside}: hidden_act {config['hidden_act']!r}, wanted 'gelu'")
     roberta = any(k.startswith("roberta.") or "position_embeddings" in k and v.shape[:1] == (514,) for k, v in state.items())
-    for old, new in ((r"^(bert|roberta|vit)\.", ""), (r"^layers\.", "encoder.layer."),
-                     (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")):
-        state = {re.sub(old, new, key): value for key, value in state.items()}
-    layout = _told_by(state, _LAYOUTS)
-    if layout is None:
-        raise ValueError(f"{path}: no Transformer of a known layout ({', '.join(_LAYOUTS)}): {', '.join(list(state)[:3])} …")
-    eps = {"huggingface": 1e-12, "bert": 1e-5 if roberta else 1e-12, "clip": 1e-5}.get(layout, 1e-6)
+    layout, state = _translate(state, _LAYOUTS, "Transformer", path)
     heads = config.get("num_attention_heads") or num_heads or {"minilm_l6": 12}.get(name)
-    state = _rename(state, _LAYOUTS[layout], path)
     try:
         if layout == "jax":
-            heads = heads or state["blocks.0.attn.q.kernel"].shape[1]
-            state = dict(_from_jax(*item) for item in state.items())
-        state = _fuse_qkv({key: value.float() for key, value in state.items()})
-        sizes = _trunk_config(state, heads, eps=config.get("layer_norm_eps", eps), norm_first=layout != "bert",
-                              final_norm=layout != "bert", quick_gelu=layout == "clip")
+            heads = heads or state["blocks.0.attn.q.weight"].shape[1]
+            state = {key: _from_jax(key, value) for key, value in state.items()}
+        eps = config.get("layer_norm_eps") or (1e-5 if roberta else None)
+        sizes = _trunk_config(_fuse_qkv(state), layout, heads, eps)
         if config.get("hidden_size", sizes.width) != sizes.width:
             raise ValueError(f"width {sizes.width}, but the config.json beside it is of a model of width {config['hidden_size']}")
         for key in {"cls_token", "pos_embed"} & set(state):  # CLIP leaves out the batch dimensions
@@ -702,14 +683,15 @@ def load_pretrained(name_or_path, num_heads=None):
     return load_exactly(trunk, state, path).eval()
 
 
-def _trunk_config(state, num_heads=None, **kind):
-    """Sizes of a trunk read off its tensors, under our names; the rest is `kind`."""
+def _trunk_config(state, layout, num_heads=None, eps=None):
+    """Sizes of a trunk read off its tensors, under our names; what no tensor tells is the layout's."""
     width = state["blocks.0.attn.qkv.weight"].shape[1]
     config = TrunkConfig(
-        width=width, depth=len({m[1] for k in state if (m := _begins("blocks.#.", k))}),
+        width=width, depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         num_heads=num_heads or max(1, width // 64), mlp_hidden=state["blocks.0.mlp.fc1.weight"].shape[0],
-        qkv_bias="blocks.0.attn.qkv.bias" in state, layer_scale="blocks.0.ls1.gamma" in state,
-        norm_pre="norm_pre.weight" in state, **kind)
+        eps=eps or {"huggingface": 1e-12, "bert": 1e-12, "clip": 1e-5}.get(layout, 1e-6),
+        norm_first=layout != "bert", final_norm=layout != "bert", norm_pre=layout == "clip", quick_gelu=layout == "clip",
+        qkv_bias="blocks.0.attn.qkv.bias" in state, layer_scale="blocks.0.ls1.gamma" in state)
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} & state.keys():
         table = state["pos_embed"].numel() // width
         config.patch_size = state["patch_embed.proj.weight"].shape[-1]
@@ -1351,20 +1333,19 @@ def few_label_svm(features, labels, shots=5, draws=5, seed=0):
 
 _ENCODER = {"encoder.": "encoder.patch_embed.", "blocks.blocks.": "encoder.blocks.",
             **{name: "encoder." + name for name in ("cls_token", "cls_pos", "pos_embed.", "reduce_dim.", "norm.")}}
-_RELEASE = {  # tables as those of the public weights: a kind is told by the first name of its table
+_RELEASE = {  # tables as those of the public weights
     "Student": {
-        **_within("ACT_encoder.", "", _ENCODER), "ACT_decoder.": "decoder.", "mask_token": "mask_token",
+        **{"ACT_encoder." + old: new for old, new in _ENCODER.items()}, "ACT_decoder.": "decoder.", "mask_token": "mask_token",
         "decoder_pos_embed.": "decoder_pos_embed.", "increase_dim.0.": "head.", "proj_head.0.": "head.", "proj_head.": "head.",
         **dict.fromkeys(("ACT_encoder.lm_head.", "ACT_encoder.cls_head.", "dvae_tokenizer."))},
     "Teacher": {
         **{name: name for name in ("codebook", "encoder.", "dgcnn_1.", "dgcnn_2.", "decoder.", "proj_pre.", "proj_post.",
-                                   "visual_pos_embed.", "visual_prompt_", "deep_prompt_")},
-        **_within("visual_embed.0.layer.#.", "trunk.blocks.#.", _BERT_BLOCK),
-        **_within("visual_embed.1.#.", "trunk.blocks.#.", _OPENAI_BLOCK), "visual_embed.0.#.": "trunk.blocks.#.",
+                                   "visual_pos_embed.", "visual_prompt_", "deep_prompt_", "trunk.blocks.")},
         "visual_embed.0.": "trunk.norm_pre.", "visual_embed.1.": "trunk.norm.", "visual_embed.2.": "trunk.norm."},
     "Segmenter": {
         "convs3.": "head.7.", "convs2.": "head.4.", "bns2.": "head.5.", "convs1.": "head.0.", "bns1.": "head.1.",
-        **_within("propagation_0.mlp_", "propagation.", {"convs.0.": "0.", "bns.0.": "1.", "convs.1.": "3.", "bns.1.": "4."}),
+        "propagation_0.mlp_convs.0.": "propagation.0.", "propagation_0.mlp_bns.0.": "propagation.1.",
+        "propagation_0.mlp_convs.1.": "propagation.3.", "propagation_0.mlp_bns.1.": "propagation.4.",
         "label_conv.": "label_conv.", **_ENCODER},
     "Classifier": {"cls_head_finetune.": "head.", **_ENCODER},
 }
@@ -1382,56 +1363,48 @@ def load(path, device="cpu", **sizes):
     """
     obj = read_tensors(path)
     state = _state_dict(obj, path)
-    if str(obj.get("kind")) in _KINDS and isinstance(obj.get("config"), dict):
-        kind, config, fresh = obj["kind"], obj["config"], ()
-    else:
-        kind, config, state, fresh = _from_release(state, path)
+    fresh = ("encoder.cls_",) if any(key.startswith("MAE_encoder.") for key in state) else ()
+    ours = str(obj.get("kind")) in _KINDS and isinstance(obj.get("config"), dict)
+    if all(key.startswith("dvae_tokenizer.") for key in state):
+        state = {key.removeprefix("dvae_tokenizer."): value for key, value in state.items()}
+    kind, state = (obj["kind"], state) if ours else _translate(state, _RELEASE, ", ".join(_RELEASE), path)
     cls, config_cls = _KINDS[kind]
     known = {f.name for f in fields(config_cls)} | {"num_heads"}
     if unknown := set(sizes) - known:
         raise ValueError(f"{path}: holds a {kind}, which has no size {min(unknown)!r}; its sizes: {', '.join(sorted(known))}")
-    config = {**config, **sizes}
     try:
+        if not ours:  # its convolutions of size 1 are products: (out, in, 1) or (out, in, 1, 1) -> (out, in)
+            state = _fuse_qkv({k: v.flatten(1) if k.endswith(".weight") and v.ndim > 2 else v for k, v in state.items()})
+        config = {**(obj["config"] if ours else _release_sizes(kind, state, path)), **sizes}
         if kind == "Teacher" and "num_heads" in config:
             config["trunk"] = {**config["trunk"], "num_heads": config.pop("num_heads")}
         model = cls(config_cls(**config))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its sizes make no {kind}: {error!r}") from error
+    except Exception as error:  # as in load_pretrained
+        raise ValueError(f"{path}: its tensors, or sizes, make no {kind}: {error!r}") from error
     if fresh:
         warnings.warn(f"{path}: has no class token: encoder.cls_token and encoder.cls_pos start fresh")
     return load_exactly(model, state, path, fresh).to(device).eval()
 
 
-def _from_release(state, path):
-    """(kind, config, state under our names, prefixes that start fresh) of a checkpoint of the public release or Point-MAE."""
-    fresh = ("encoder.cls_",) if any(key.startswith("MAE_encoder.") for key in state) else ()  # Point-MAE has no class token
-    for old, new in ((r"^MAE_", "ACT_"), (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1.")):
-        state = {re.sub(old, new, key): value for key, value in state.items()}
-    if _told_by(state, _RELEASE) is None:
-        state = {key.removeprefix("dvae_tokenizer."): value for key, value in state.items()}
-    kind = _told_by(state, _RELEASE)
-    if kind is None:
-        raise ValueError(f"{path}: holds no {', '.join(_RELEASE)} of a known form; its keys: {', '.join(list(state)[:3])} …")
-    state = _rename(state, _RELEASE[kind], path)
-    try:
-        # convolutions of size 1 are products: (out, in, 1) or (out, in, 1, 1) -> (out, in)
-        state = _fuse_qkv({k: v.flatten(1) if k.endswith(".weight") and v.ndim > 2 else v for k, v in state.items()})
-        config = _teacher_sizes(state, path) if kind == "Teacher" else _student_sizes(kind, state)
-    except Exception as error:  # as in load_pretrained
-        raise ValueError(f"{path}: its tensors make no {kind}: {error!r}") from error
-    if fresh:
-        config["group_size"] = config["target_dim"] // 3  # Point-MAE predicts the points
-    return kind, config, state, fresh
-
-
-def _student_sizes(kind, state):
-    """Config of a Student, Classifier or Segmenter, read off its tensors, under our names."""
+def _release_sizes(kind, state, path):
+    """Config of a model of the release, read off its tensors, under our names."""
+    if kind == "Teacher":
+        trunk = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
+        layout = "bert" if "norm.weight" not in trunk else "clip" if "norm_pre.weight" in trunk else "timm"
+        prompts = state["visual_prompt_token"].shape[1] if "visual_prompt_token" in state else 0
+        return dict(
+            group_size=len(state["decoder.mlp.4.weight"]) * 4 // 3, encoder_dims=len(state["encoder.second_conv.3.weight"]),
+            num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1], num_prompt=prompts,
+            prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompts else "none", weights=Path(path).name,
+            decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), trunk=asdict(_trunk_config(trunk, layout)))
     width = len(state["encoder.norm.weight"])
-    depth = {part: len({m[1] for k in state if (m := _begins(part + ".blocks.#.", k))}) for part in ("encoder", "decoder")}
+    depth = {part: len({k.split(".")[2] for k in state if k.startswith(part + ".blocks.")}) for part in ("encoder", "decoder")}
     config = dict(width=width, depth=depth["encoder"], num_heads=max(1, width // 64),
                   encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
     if kind == "Student":
-        return dict(config, decoder_depth=depth["decoder"], target_dim=len(state["head.weight"]))
+        config.update(decoder_depth=depth["decoder"], target_dim=len(state["head.weight"]))
+        # Point-MAE, which has no class token, predicts the points
+        return config if "encoder.cls_token" in state else {**config, "group_size": config["target_dim"] // 3}
     if kind == "Classifier":
         head, last = ("mlp3", "head.8.weight") if "head.8.weight" in state else ("linear", "head.0.weight")
         return dict(config, num_group=128, num_classes=len(state[last]), head=head)
@@ -1439,43 +1412,28 @@ def _student_sizes(kind, state):
     return dict(config, num_group=128, num_parts=len(state["head.7.weight"]), num_categories=category)
 
 
-def _teacher_sizes(state, path):
-    """Config of a Teacher, read off its tensors, under our names."""
-    trunk = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
-    bert, clip = "norm.weight" not in trunk, "norm_pre.weight" in trunk
-    prompt = state.get("visual_prompt_token", torch.empty(1, 0))
-    return dict(
-        group_size=len(state["decoder.mlp.4.weight"]) * 4 // 3, encoder_dims=len(state["encoder.second_conv.3.weight"]),
-        num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1],
-        decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), num_prompt=prompt.shape[1],
-        prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompt.shape[1] else "none", weights=Path(path).name,
-        trunk=asdict(_trunk_config(trunk, eps=1e-12 if bert else 1e-5 if clip else 1e-6, norm_first=not bert,
-                                   final_norm=not bert, quick_gelu=clip)))
-
-
 def export(student, path):
     """Writes our Student in the public release's names and file form, for its fine-tuning scripts. Atomic."""
     table = {new: old for old, new in _RELEASE["Student"].items() if new}  # backwards; of a head's names, the last: proj_head
-    state = {k: v.detach().cpu() for k, v in _rename(student.state_dict(), table, path).items()}
+    _, state = _translate(student.state_dict(), {"Student": table}, "Student", path)
     state = {k: v.unsqueeze(-1) if re.search(r"_conv\.[03]\.weight$", k) else v for k, v in state.items()}
-    save({"base_model": state, "epoch": 0, "metrics": {}, "best_metrics": {}}, path)
+    save({"base_model": {k: v.detach().cpu() for k, v in state.items()}, "epoch": 0, "metrics": {}, "best_metrics": {}}, path)
 
 
 @contextmanager
 def whole_file(path):
     """A binary file that takes the name `path` once all of it is on the disk; an error on the way leaves nothing behind."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent, delete=False) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def save(obj, path):
