@@ -432,7 +432,7 @@ _AUGREG = ("https://storage.googleapis.com/vit_models/augreg/{}_16-i21k-300ep-lr
            "--imagenet2012-steps_20k-lr_{}-res_{}.npz")
 _FAIR = "https://dl.fbaipublicfiles.com/"
 _CLIP = "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/"
-_HF = "https://huggingface.co/"
+_HUGGING_FACE = "https://huggingface.co/{}/resolve/main/model.safetensors"
 _PUBLISHED = {
     "vit_tiny_patch16_224": _AUGREG.format("Ti", "none", "0.03", "0.03", 224),
     "vit_small_patch16_384": _AUGREG.format("S", "light1", "0.03", "0.03", 384),
@@ -447,17 +447,17 @@ _PUBLISHED = {
     "dinov2_vitb14": _FAIR + "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
     "mae_vit_base": _FAIR + "mae/pretrain/mae_pretrain_vit_base.pth",
     "clip_vit_b16": _CLIP + "ViT-B-16.pt",
-    "bert_base": _HF + "google-bert/bert-base-uncased/resolve/main/model.safetensors",
-    "roberta_base": _HF + "FacebookAI/roberta-base/resolve/main/model.safetensors",
-    "minilm_l6": _HF + "sentence-transformers/all-MiniLM-L6-v2/resolve/main/model.safetensors",
+    "bert_base": _HUGGING_FACE.format("google-bert/bert-base-uncased"),
+    "roberta_base": _HUGGING_FACE.format("FacebookAI/roberta-base"),
+    "minilm_l6": _HUGGING_FACE.format("sentence-transformers/all-MiniLM-L6-v2"),
 }
 
-# What a key is called in some releases of a library, and in the others.
-_SPELLINGS = ((r"^(bert|roberta|vit)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
-              (r"^layers\.", "encoder.layer."), (r"\.(kernel|scale)$", ".weight"), (r"^MAE_", "ACT_"),
-              (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."),
-              (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
-# The names within a block, whatever the layout: ours, and those of the publishers.
+# One thing under two names: a pattern, and what it becomes before the tables below are asked.
+_SPELLINGS = (
+    (r"^(bert|roberta|vit)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^layers\.", "encoder.layer."), (r"\.(kernel|scale)$", ".weight"), (r"^MAE_", "ACT_"),
+    (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."), (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
+# Within a block, whatever the layout: our name, and all that it goes by.
 _BLOCK = {theirs: ours for ours, names in {
     "norm1.": "norm1. ln_1. layernorm_before. LayerNorm_0. attention.output.LayerNorm.",
     "norm2.": "norm2. ln_2. layernorm_after. LayerNorm_2. output.LayerNorm.",
@@ -470,32 +470,29 @@ _BLOCK = {theirs: ours for ours, names in {
     "mlp.fc1.": "mlp.fc1. mlp.c_fc. mlp.0. mlp.linear_1. intermediate.dense. MlpBlock_3.Dense_0.",
     "mlp.fc2.": "mlp.fc2. mlp.c_proj. mlp.3. mlp.linear_2. output.dense. MlpBlock_3.Dense_1.",
     "ls1.": "ls1.", "ls2.": "ls2."}.items() for theirs in names.split()}
-# The names around: {what a key begins with: what that becomes, None: dropped}, the first that fits; a layout is told by its first.
+
+
+def _table(text):
+    """A table of names from words old=new, same, dropped= : {what a key begins with: our name, "": dropped}."""
+    return {old: new if equals else old for old, equals, new in (word.partition("=") for word in text.split())}
+
+
+# Around the blocks: of the names that a key begins with the first counts. A layout is told by its first name.
 _LAYOUTS = {
-    "timm": {
-        **{k: k for k in ("blocks.", "cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm.")},
-        "register_tokens": "reg_token",
-        **dict.fromkeys(("head.", "head_dist.", "pre_logits.", "mask_token", "decoder_", "dino_head.", "ibot_head."))},
-    "torchvision": {
-        "encoder.layers.encoder_layer_": "blocks.", "class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
-        "conv_proj.": "patch_embed.proj.", "encoder.ln.": "norm.", "heads.": None},
-    "huggingface": {
-        "encoder.layer.0.layernorm_before.": "blocks.0.norm1.",  # where BERT is none
-        "encoder.layer.": "blocks.", "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
-        "embeddings.patch_embeddings.projection.": "patch_embed.proj.", "layernorm.": "norm.",
-        **dict.fromkeys(("embeddings.mask_token", "pooler.", "classifier.", "decoder."))},
-    "clip": {
-        "visual.transformer.resblocks.": "blocks.", "visual.class_embedding": "cls_token",
-        "visual.positional_embedding": "pos_embed", "visual.conv1.": "patch_embed.proj.",
-        "visual.ln_pre.": "norm_pre.", "visual.ln_post.": "norm.",
-        **dict.fromkeys(("visual.proj", "transformer.", "token_embedding.", "ln_final.", "positional_embedding",
-                         "text_projection", "logit_scale", "input_resolution", "context_length", "vocab_size"))},
-    "jax": {
-        "Transformer.encoderblock_": "blocks.", "cls": "cls_token", "Transformer.posembed_input.pos_embedding": "pos_embed",
-        "embedding.": "patch_embed.proj.", "Transformer.encoder_norm.": "norm.", "head.": None, "pre_logits.": None},
-    "bert": {
-        "encoder.layer.": "blocks.",
-        **dict.fromkeys(("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs."))},
+    "timm": _table("""blocks. cls_token dist_token reg_token register_tokens=reg_token pos_embed patch_embed. norm. head.=
+        head_dist.= pre_logits.= mask_token= decoder_= dino_head.= ibot_head.="""),
+    "torchvision": _table("""encoder.layers.encoder_layer_=blocks. class_token=cls_token encoder.pos_embedding=pos_embed
+        conv_proj.=patch_embed.proj. encoder.ln.=norm. heads.="""),
+    "huggingface": _table("""encoder.layer.0.layernorm_before.=blocks.0.norm1. encoder.layer.=blocks. layernorm.=norm.
+        embeddings.cls_token=cls_token embeddings.position_embeddings=pos_embed embeddings.mask_token=
+        embeddings.patch_embeddings.projection.=patch_embed.proj. pooler.= classifier.= decoder.="""),
+    "clip": _table("""visual.transformer.resblocks.=blocks. visual.class_embedding=cls_token visual.ln_pre.=norm_pre.
+        visual.positional_embedding=pos_embed visual.conv1.=patch_embed.proj. visual.ln_post.=norm. visual.proj=
+        transformer.= token_embedding.= ln_final.= positional_embedding= text_projection= logit_scale=
+        input_resolution= context_length= vocab_size="""),
+    "jax": _table("""Transformer.encoderblock_=blocks. cls=cls_token Transformer.posembed_input.pos_embedding=pos_embed
+        embedding.=patch_embed.proj. Transformer.encoder_norm.=norm. head.= pre_logits.="""),
+    "bert": _table("encoder.layer.=blocks. embeddings.= pooler.= cls.= lm_head.= classifier.= qa_outputs.="),
 }
 
 
@@ -507,7 +504,7 @@ def pretrained_names():
 def _download(name):
     """Published weights in torch.hub's cache, fetched on first use; hash checked where the publisher gives one."""
     url, timeout = _PUBLISHED[name], socket.getdefaulttimeout()
-    file = url.rsplit("/", 1)[1].replace("model.safetensors", f"{name}.safetensors")  # Hugging Face calls all files the same
+    file = url.rsplit("/", 1)[1].replace("model.safetensors", f"{name}.safetensors")  # Hugging Face has but one file name
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if path.exists():
         return path
@@ -569,13 +566,12 @@ def read_tensors(path):
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-                code = any(b"__setstate__" in archive.read(name) for name in names if name.endswith(".py"))
+                if any(b"__setstate__" in archive.read(name) for name in names if name.endswith(".py")):
+                    raise ValueError("a TorchScript archive with code that runs on loading")
             if all(name.endswith(".npy") for name in names):
                 with np.load(path, allow_pickle=False) as arrays:
                     return {name: torch.from_numpy(array) for name, array in arrays.items()}
             if any(name.endswith("/constants.pkl") for name in names):
-                if code:
-                    raise ValueError("a TorchScript archive with code that runs on loading")
                 return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
         torch.serialization.add_safe_globals(_NUMPY_NAMES)
         with open(path, "rb") as file:  # not by path: torch would go by the extension
@@ -608,12 +604,13 @@ def _translate(state, tables, what, path):
         state = {re.sub(old, new, key): value for key, value in state.items()}
     told = next((name for name, table in tables.items() if any(key.startswith(next(iter(table))) for key in state)), None)
     if told is None:
-        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}): {', '.join(list(state)[:3])} …")
+        first = ", ".join(list(state)[:3])
+        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}); its keys: {first} …")
 
     def rename(name, table):
         old = next((old for old in table if name.startswith(old)), None)
         if old is None:
-            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) belongs to no known layout of its kind")
+            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) is in no table of the layout {told}")
         return table[old] and table[old] + name.removeprefix(old)
 
     out = {}
@@ -650,7 +647,7 @@ def load_pretrained(name_or_path, num_heads=None):
 
     Layouts: timm / DeiT / MAE / DINO / DINOv2, torchvision, Hugging Face ViT, OpenAI CLIP's visual tower, JAX AugReg .npz,
     BERT and RoBERTa. Heads: config.json beside the file, else `num_heads`, else what the file says (JAX), else width // 64.
-    Raises ValueError, naming the file, for a file that is missing, corrupt, of another family, or has a stray or a missing key.
+    Raises ValueError, naming the file, if it is missing, corrupt, of another family, or a key is stray or missing.
     """
     name = str(name_or_path)
     path = _download(name) if name in _PUBLISHED else Path(name)
@@ -674,7 +671,7 @@ def load_pretrained(name_or_path, num_heads=None):
         eps = config.get("layer_norm_eps") or (1e-5 if roberta else None)
         sizes = _trunk_config(_fuse_qkv(state), layout, heads, eps)
         if config.get("hidden_size", sizes.width) != sizes.width:
-            raise ValueError(f"width {sizes.width}, but the config.json beside it is of a model of width {config['hidden_size']}")
+            raise ValueError(f"width {sizes.width}, but the config.json beside it says {config['hidden_size']}")
         for key in {"cls_token", "pos_embed"} & set(state):  # CLIP leaves out the batch dimensions
             state[key] = state[key].reshape(1, -1, sizes.width)
         trunk = Trunk(sizes)
@@ -693,30 +690,29 @@ def _trunk_config(state, layout, num_heads=None, eps=None):
         norm_first=layout != "bert", final_norm=layout != "bert", norm_pre=layout == "clip", quick_gelu=layout == "clip",
         qkv_bias="blocks.0.attn.qkv.bias" in state, layer_scale="blocks.0.ls1.gamma" in state)
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} & state.keys():
-        table = state["pos_embed"].numel() // width
         config.patch_size = state["patch_embed.proj.weight"].shape[-1]
         config.patch_bias = "patch_embed.proj.bias" in state
-        config.grid = math.isqrt(table)
+        positions = state["pos_embed"].numel() // width
+        config.grid = math.isqrt(positions)
         config.num_cls = 1 + ("dist_token" in state)
         config.num_reg = state["reg_token"].shape[1] if "reg_token" in state else 0
-        config.cls_pos = table != config.grid**2
+        config.cls_pos = positions != config.grid**2
     return config
 
 
 def load_exactly(model, state, path, fresh=()):
     """Loads a state dict whose keys and shapes must be the model's, but for the parameters under the prefixes `fresh`.
 
-    Raises ValueError naming the file and the first missing or stray key or differing shape. Returns the model.
+    Raises ValueError naming the file and the first missing key, stray key and differing shape. Returns the model.
     """
     own = model.state_dict()
-    wrong = {"missing": [k for k in own if k not in state and not k.startswith(tuple(fresh))],
-             "stray": [k for k in state if k not in own]}
-    found = [f"{word} key {keys[0]!r} ({len(keys)} in all)" for word, keys in wrong.items() if keys]
-    if found:
-        raise ValueError(f"{path}: {' and '.join(found)}, wanted exactly the parameters of a {type(model).__name__}")
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise ValueError(f"{path}: {key!r} has shape {tuple(value.shape)}, wanted {tuple(own[key].shape)}")
+    wrong = ([f"missing key {k!r}" for k in own if k not in state and not k.startswith(tuple(fresh))],
+             [f"stray key {k!r}" for k in state if k not in own],
+             [f"{k!r} of shape {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items()
+              if k in own and v.shape != own[k].shape])
+    if any(wrong):
+        found = " and ".join(f"{faults[0]} ({len(faults)} in all)" for faults in wrong if faults)
+        raise ValueError(f"{path}: {found}, wanted exactly the parameters of a {type(model).__name__}")
     model.load_state_dict(state, strict=not fresh)
     return model
 
@@ -1331,23 +1327,18 @@ def few_label_svm(features, labels, shots=5, draws=5, seed=0):
 # Checkpoints: ours, and those of the public release and its relatives
 # ---------------------------------------------------------------------------------------------------------------------
 
-_ENCODER = {"encoder.": "encoder.patch_embed.", "blocks.blocks.": "encoder.blocks.",
-            **{name: "encoder." + name for name in ("cls_token", "cls_pos", "pos_embed.", "reduce_dim.", "norm.")}}
+_ENCODER = """encoder.=encoder.patch_embed. blocks.blocks.=encoder.blocks. cls_token=encoder.cls_token norm.=encoder.norm.
+    cls_pos=encoder.cls_pos pos_embed.=encoder.pos_embed. reduce_dim.=encoder.reduce_dim."""
 _RELEASE = {  # tables as those of the public weights
-    "Student": {
-        **{"ACT_encoder." + old: new for old, new in _ENCODER.items()}, "ACT_decoder.": "decoder.", "mask_token": "mask_token",
-        "decoder_pos_embed.": "decoder_pos_embed.", "increase_dim.0.": "head.", "proj_head.0.": "head.", "proj_head.": "head.",
-        **dict.fromkeys(("ACT_encoder.lm_head.", "ACT_encoder.cls_head.", "dvae_tokenizer."))},
-    "Teacher": {
-        **{name: name for name in ("codebook", "encoder.", "dgcnn_1.", "dgcnn_2.", "decoder.", "proj_pre.", "proj_post.",
-                                   "visual_pos_embed.", "visual_prompt_", "deep_prompt_", "trunk.blocks.")},
-        "visual_embed.0.": "trunk.norm_pre.", "visual_embed.1.": "trunk.norm.", "visual_embed.2.": "trunk.norm."},
-    "Segmenter": {
-        "convs3.": "head.7.", "convs2.": "head.4.", "bns2.": "head.5.", "convs1.": "head.0.", "bns1.": "head.1.",
-        "propagation_0.mlp_convs.0.": "propagation.0.", "propagation_0.mlp_bns.0.": "propagation.1.",
-        "propagation_0.mlp_convs.1.": "propagation.3.", "propagation_0.mlp_bns.1.": "propagation.4.",
-        "label_conv.": "label_conv.", **_ENCODER},
-    "Classifier": {"cls_head_finetune.": "head.", **_ENCODER},
+    "Student": _table(" ".join("ACT_encoder." + word for word in _ENCODER.split()) + """ ACT_decoder.=decoder. mask_token
+        decoder_pos_embed. increase_dim.0.=head. proj_head.0.=head. proj_head.=head. ACT_encoder.lm_head.=
+        ACT_encoder.cls_head.= dvae_tokenizer.="""),
+    "Teacher": _table("""codebook encoder. dgcnn_1. dgcnn_2. decoder. proj_pre. proj_post. visual_pos_embed. visual_prompt_
+        deep_prompt_ trunk.blocks. visual_embed.0.=trunk.norm_pre. visual_embed.1.=trunk.norm. visual_embed.2.=trunk.norm."""),
+    "Segmenter": _table("""convs3.=head.7. convs2.=head.4. bns2.=head.5. convs1.=head.0. bns1.=head.1. label_conv.
+        propagation_0.mlp_convs.0.=propagation.0. propagation_0.mlp_bns.0.=propagation.1.
+        propagation_0.mlp_convs.1.=propagation.3. propagation_0.mlp_bns.1.=propagation.4. """ + _ENCODER),
+    "Classifier": _table("cls_head_finetune.=head. " + _ENCODER),
 }
 _KINDS = {"Teacher": (Teacher, TeacherConfig), "Student": (Student, StudentConfig),
           "Classifier": (Classifier, ClassifierConfig), "Segmenter": (Segmenter, SegmenterConfig)}
@@ -1357,8 +1348,8 @@ def load(path, device="cpu", **sizes):
     """The Teacher, Student, Classifier or Segmenter that a checkpoint holds, in eval mode.
 
     Reads our checkpoints and those of the public release and Point-MAE. Sizes are read off the tensors; what those cannot
-    say comes from `sizes`, else it is the paper's value: heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with
-    a downstream head), group_size 32. A Point-MAE student has no class token: it starts fresh, with a warning.
+    say comes from `sizes`, else it is the paper's: heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with a
+    downstream head), group_size 32. A Point-MAE student has no class token: it starts fresh, with a warning.
     Raises ValueError, naming the file, if it is missing, corrupt, of no known kind, or a key is stray or missing.
     """
     obj = read_tensors(path)
@@ -1371,7 +1362,7 @@ def load(path, device="cpu", **sizes):
     cls, config_cls = _KINDS[kind]
     known = {f.name for f in fields(config_cls)} | {"num_heads"}
     if unknown := set(sizes) - known:
-        raise ValueError(f"{path}: holds a {kind}, which has no size {min(unknown)!r}; its sizes: {', '.join(sorted(known))}")
+        raise ValueError(f"{path}: a {kind} has no size {min(unknown)!r}; its sizes: {', '.join(sorted(known))}")
     try:
         if not ours:  # its convolutions of size 1 are products: (out, in, 1) or (out, in, 1, 1) -> (out, in)
             state = _fuse_qkv({k: v.flatten(1) if k.endswith(".weight") and v.ndim > 2 else v for k, v in state.items()})
@@ -1397,8 +1388,8 @@ def _release_sizes(kind, state, path):
             num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1], num_prompt=prompts,
             prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompts else "none", weights=Path(path).name,
             decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), trunk=asdict(_trunk_config(trunk, layout)))
+    depth = {part: len({k.split(".")[2] for k in state if k.startswith(f"{part}.blocks.")}) for part in ("encoder", "decoder")}
     width = len(state["encoder.norm.weight"])
-    depth = {part: len({k.split(".")[2] for k in state if k.startswith(part + ".blocks.")}) for part in ("encoder", "decoder")}
     config = dict(width=width, depth=depth["encoder"], num_heads=max(1, width // 64),
                   encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
     if kind == "Student":
@@ -1407,17 +1398,17 @@ def _release_sizes(kind, state, path):
         return config if "encoder.cls_token" in state else {**config, "group_size": config["target_dim"] // 3}
     if kind == "Classifier":
         head, last = ("mlp3", "head.8.weight") if "head.8.weight" in state else ("linear", "head.0.weight")
-        return dict(config, num_group=128, num_classes=len(state[last]), head=head)
-    category = state["label_conv.0.weight"].shape[1] if "label_conv.0.weight" in state else 0
-    return dict(config, num_group=128, num_parts=len(state["head.7.weight"]), num_categories=category)
+        return dict(config, num_classes=len(state[last]), head=head)
+    categories = state["label_conv.0.weight"].shape[1] if "label_conv.0.weight" in state else 0
+    return dict(config, num_parts=len(state["head.7.weight"]), num_categories=categories)
 
 
 def export(student, path):
     """Writes our Student in the public release's names and file form, for its fine-tuning scripts. Atomic."""
-    table = {new: old for old, new in _RELEASE["Student"].items() if new}  # backwards; of a head's names, the last: proj_head
+    table = {new: old for old, new in _RELEASE["Student"].items() if new}  # of a head's three names, the last: proj_head
     _, state = _translate(student.state_dict(), {"Student": table}, "Student", path)
-    state = {k: v.unsqueeze(-1) if re.search(r"_conv\.[03]\.weight$", k) else v for k, v in state.items()}
-    save({"base_model": {k: v.detach().cpu() for k, v in state.items()}, "epoch": 0, "metrics": {}, "best_metrics": {}}, path)
+    state = {k: (v.unsqueeze(-1) if re.search(r"_conv\.[03]\.weight$", k) else v).cpu() for k, v in state.items()}
+    save({"base_model": state, "epoch": 0, "metrics": {}, "best_metrics": {}}, path)
 
 
 @contextmanager
