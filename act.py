@@ -452,11 +452,13 @@ _PUBLISHED = {
     "minilm_l6": _HUGGING_FACE.format("sentence-transformers/all-MiniLM-L6-v2"),
 }
 
-# One thing under two names: a pattern, and what it becomes before the tables below are asked.
+# What one publisher spells in several ways, before the tables are asked: models with a head, BERT's first files, transformers
+# from 5, JAX's leaves, Point-MAE, the segmenters, the teachers' trunks.
 _SPELLINGS = (
     (r"^(bert|roberta|vit)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
     (r"^layers\.", "encoder.layer."), (r"\.(kernel|scale)$", ".weight"), (r"^MAE_", "ACT_"),
-    (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."), (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
+    (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."),
+    (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
 # Within a block, whatever the layout: our name, and all that it goes by.
 _BLOCK = {theirs: ours for ours, names in {
     "norm1.": "norm1. ln_1. layernorm_before. LayerNorm_0. attention.output.LayerNorm.",
@@ -529,14 +531,14 @@ def _read_safetensors(data):
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
     start = 8 + int.from_bytes(data[:8], "little")
-    header, body, state = json.loads(data[8:start]), torch.frombuffer(data, dtype=torch.uint8)[start:], {}
+    header, body, state = json.loads(data[8:start]), bytearray(data[start:]), {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
         (begin, end), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], entry["shape"]
-        raw = body[begin:end].clone()  # cloned, since a tensor may begin at any byte
-        if not len(raw) == end - begin == math.prod(shape) * dtype.itemsize:
+        count = math.prod(shape)
+        if not 0 <= begin <= end <= len(body) or count * dtype.itemsize != end - begin:
             raise ValueError(f"tensor {name} does not fit in the file")
-        state[name] = raw.view(dtype).view(shape)
+        state[name] = torch.frombuffer(body, dtype=dtype, count=count, offset=begin).view(shape) if count else torch.empty(shape)
     return state
 
 
@@ -562,7 +564,7 @@ def read_tensors(path):
         with open(path, "rb") as file:
             head = file.read(9)
         if head[8:] == b"{":
-            return _read_safetensors(bytearray(path.read_bytes()))
+            return _read_safetensors(path.read_bytes())
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -600,23 +602,23 @@ def _state_dict(obj, path):
 
 def _translate(state, tables, what, path):
     """(name of the table that fits, the state under our names); a key that the table does not cover is an error."""
+    spelt = list(state)
     for old, new in _SPELLINGS:
-        state = {re.sub(old, new, key): value for key, value in state.items()}
-    told = next((name for name, table in tables.items() if any(key.startswith(next(iter(table))) for key in state)), None)
+        spelt = [re.sub(old, new, name) for name in spelt]
+    told = next((kind for kind, table in tables.items() if any(name.startswith(next(iter(table))) for name in spelt)), None)
     if told is None:
-        first = ", ".join(list(state)[:3])
-        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}); its keys: {first} …")
+        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}); its keys: {', '.join(spelt[:3])} …")
 
     def rename(name, table):
         old = next((old for old in table if name.startswith(old)), None)
         if old is None:
-            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) is in no table of the layout {told}")
+            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) is of no known layout of its kind ({told})")
         return table[old] and table[old] + name.removeprefix(old)
 
     out = {}
-    for key, value in state.items():
-        new = rename(key, tables[told])
-        if new and (block := re.match(r".*blocks\.\d+\.", new)):
+    for (key, value), name in zip(state.items(), spelt):
+        new = rename(name, tables[told])
+        if block := re.match(r".*blocks\.\d+\.", new):
             new = block[0] + rename(new[block.end():], _BLOCK)
         if new in out:
             raise ValueError(f"{path}: stray key {key!r}, since another one is {new!r} already")
@@ -661,7 +663,8 @@ def load_pretrained(name_or_path, num_heads=None):
         raise ValueError(f"{beside}: not a JSON object ({error})") from error
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{beside}: hidden_act {config['hidden_act']!r}, wanted 'gelu'")
-    roberta = any(k.startswith("roberta.") or "position_embeddings" in k and v.shape[:1] == (514,) for k, v in state.items())
+    roberta = any(k.startswith("roberta.") or v.shape[:1] == (514,) and "position_embeddings" in k
+                  for k, v in state.items())
     layout, state = _translate(state, _LAYOUTS, "Transformer", path)
     heads = config.get("num_attention_heads") or num_heads or {"minilm_l6": 12}.get(name)
     try:
@@ -708,7 +711,7 @@ def load_exactly(model, state, path, fresh=()):
     own = model.state_dict()
     wrong = ([f"missing key {k!r}" for k in own if k not in state and not k.startswith(tuple(fresh))],
              [f"stray key {k!r}" for k in state if k not in own],
-             [f"{k!r} of shape {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in state.items()
+             [f"shape {tuple(v.shape)} of {k!r}, not {tuple(own[k].shape)}" for k, v in state.items()
               if k in own and v.shape != own[k].shape])
     if any(wrong):
         found = " and ".join(f"{faults[0]} ({len(faults)} in all)" for faults in wrong if faults)
@@ -1334,7 +1337,8 @@ _RELEASE = {  # tables as those of the public weights
         decoder_pos_embed. increase_dim.0.=head. proj_head.0.=head. proj_head.=head. ACT_encoder.lm_head.=
         ACT_encoder.cls_head.= dvae_tokenizer.="""),
     "Teacher": _table("""codebook encoder. dgcnn_1. dgcnn_2. decoder. proj_pre. proj_post. visual_pos_embed. visual_prompt_
-        deep_prompt_ trunk.blocks. visual_embed.0.=trunk.norm_pre. visual_embed.1.=trunk.norm. visual_embed.2.=trunk.norm."""),
+        deep_prompt_ trunk.blocks. visual_embed.0.=trunk.norm_pre. visual_embed.1.=trunk.norm.
+        visual_embed.2.=trunk.norm."""),
     "Segmenter": _table("""convs3.=head.7. convs2.=head.4. bns2.=head.5. convs1.=head.0. bns1.=head.1. label_conv.
         propagation_0.mlp_convs.0.=propagation.0. propagation_0.mlp_bns.0.=propagation.1.
         propagation_0.mlp_convs.1.=propagation.3. propagation_0.mlp_bns.1.=propagation.4. """ + _ENCODER),
@@ -1358,7 +1362,7 @@ def load(path, device="cpu", **sizes):
     ours = str(obj.get("kind")) in _KINDS and isinstance(obj.get("config"), dict)
     if all(key.startswith("dvae_tokenizer.") for key in state):
         state = {key.removeprefix("dvae_tokenizer."): value for key, value in state.items()}
-    kind, state = (obj["kind"], state) if ours else _translate(state, _RELEASE, ", ".join(_RELEASE), path)
+    kind, state = (obj["kind"], state) if ours else _translate(state, _RELEASE, "Student or other model", path)
     cls, config_cls = _KINDS[kind]
     known = {f.name for f in fields(config_cls)} | {"num_heads"}
     if unknown := set(sizes) - known:
@@ -1388,7 +1392,7 @@ def _release_sizes(kind, state, path):
             num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1], num_prompt=prompts,
             prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompts else "none", weights=Path(path).name,
             decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), trunk=asdict(_trunk_config(trunk, layout)))
-    depth = {part: len({k.split(".")[2] for k in state if k.startswith(f"{part}.blocks.")}) for part in ("encoder", "decoder")}
+    depth = {part: len({k.split(".")[2] for k in state if k.startswith(part + ".blocks.")}) for part in ("encoder", "decoder")}
     width = len(state["encoder.norm.weight"])
     config = dict(width=width, depth=depth["encoder"], num_heads=max(1, width // 64),
                   encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
@@ -1431,7 +1435,6 @@ def save(obj, path):
     """torch.save, whole or not at all."""
     with whole_file(path) as file:
         torch.save(obj, file)
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
