@@ -452,11 +452,11 @@ _PUBLISHED = {
     "minilm_l6": _HUGGING_FACE.format("sentence-transformers/all-MiniLM-L6-v2"),
 }
 
-# What one publisher spells in several ways, before the tables are asked: models with a head, BERT's first files, transformers
-# from 5, JAX's leaves, Point-MAE, the segmenters, the teachers' trunks.
+# What is spelt in several ways, made one before the tables are asked: Hugging Face's models with a head, BERT's first
+# files, transformers 5; Point-MAE, segmenters, the trunks of teachers.
 _SPELLINGS = (
     (r"^(bert|roberta|vit)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^layers\.", "encoder.layer."), (r"\.(kernel|scale)$", ".weight"), (r"^MAE_", "ACT_"),
+    (r"^layers\.", "encoder.layer."), (r"^MAE_", "ACT_"),
     (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."),
     (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
 # Within a block, whatever the layout: our name, and all that it goes by.
@@ -494,7 +494,8 @@ _LAYOUTS = {
         input_resolution= context_length= vocab_size="""),
     "jax": _table("""Transformer.encoderblock_=blocks. cls=cls_token Transformer.posembed_input.pos_embedding=pos_embed
         embedding.=patch_embed.proj. Transformer.encoder_norm.=norm. head.= pre_logits.="""),
-    "bert": _table("encoder.layer.=blocks. embeddings.= pooler.= cls.= lm_head.= classifier.= qa_outputs.="),
+    "bert": _table("""encoder.layer.0.attention.output.LayerNorm.=blocks.0.norm1. encoder.layer.=blocks. embeddings.=
+        pooler.= cls.= lm_head.= classifier.= qa_outputs.="""),
 }
 
 
@@ -535,10 +536,10 @@ def _read_safetensors(data):
     header.pop("__metadata__", None)
     for name, entry in header.items():
         (begin, end), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], entry["shape"]
-        count = math.prod(shape)
-        if not 0 <= begin <= end <= len(body) or count * dtype.itemsize != end - begin:
+        n = math.prod(shape)
+        if not 0 <= begin <= end <= len(body) or n * dtype.itemsize != end - begin:
             raise ValueError(f"tensor {name} does not fit in the file")
-        state[name] = torch.frombuffer(body, dtype=dtype, count=count, offset=begin).view(shape) if count else torch.empty(shape)
+        state[name] = torch.frombuffer(body, dtype=dtype, count=n, offset=begin).view(shape) if n else torch.empty(shape)
     return state
 
 
@@ -593,11 +594,11 @@ def _state_dict(obj, path):
     for key in ("model", "state_dict", "teacher", "base_model", "model_state_dict"):
         if isinstance(obj, dict) and isinstance(obj.get(key), dict):
             obj = obj[key]
-    state = {k: v for k, v in obj.items() if isinstance(v, torch.Tensor)} if isinstance(obj, dict) else {}
+    state = {str(k): v for k, v in obj.items() if isinstance(v, torch.Tensor)} if isinstance(obj, dict) else {}
     if not state:
         raise ValueError(f"{path}: holds no tensors by name, wanted a state dict")
     prefix = r"^(module\.|backbone\.|base_model\.|opt\.target\.)+"
-    return {re.sub(prefix, "", str(k).replace("/", ".")): v for k, v in state.items()}
+    return {re.sub(prefix, "", k.replace("/", ".")): v for k, v in state.items()}
 
 
 def _translate(state, tables, what, path):
@@ -607,12 +608,12 @@ def _translate(state, tables, what, path):
         spelt = [re.sub(old, new, name) for name in spelt]
     told = next((kind for kind, table in tables.items() if any(name.startswith(next(iter(table))) for name in spelt)), None)
     if told is None:
-        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}); its keys: {', '.join(spelt[:3])} …")
+        raise ValueError(f"{path}: holds no {what} of a known layout ({', '.join(tables)}): {', '.join(spelt[:3])} …")
 
     def rename(name, table):
         old = next((old for old in table if name.startswith(old)), None)
         if old is None:
-            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) is of no known layout of its kind ({told})")
+            raise ValueError(f"{path}: stray key {key!r} (shape {tuple(value.shape)}) is in no file of the layout {told}")
         return table[old] and table[old] + name.removeprefix(old)
 
     out = {}
@@ -636,12 +637,14 @@ def _fuse_qkv(state):
 
 
 def _from_jax(key, value):
-    """JAX keeps matrices as (in, out), heads apart, and images as (H, W, in, out). -> as torch has them."""
-    if key == "patch_embed.proj.weight":
-        return value.permute(3, 2, 0, 1)
-    if key.endswith(".weight") and value.ndim > 1:
-        return (value.flatten(0, 1) if ".attn.proj." in key else value.flatten(1)).t()
-    return value.flatten() if key.endswith(".bias") else value
+    """JAX keeps matrices as (in, out), heads apart, and images as (H, W, in, out). -> key and value as torch has them."""
+    if key == "patch_embed.proj.kernel":
+        value = value.permute(3, 2, 0, 1)
+    elif key.endswith(".kernel"):
+        value = (value.flatten(0, 1) if ".attn.proj." in key else value.flatten(1)).t()
+    elif key.endswith(".bias"):
+        value = value.flatten()
+    return re.sub(r"\.(kernel|scale)$", ".weight", key), value
 
 
 def load_pretrained(name_or_path, num_heads=None):
@@ -669,8 +672,8 @@ def load_pretrained(name_or_path, num_heads=None):
     heads = config.get("num_attention_heads") or num_heads or {"minilm_l6": 12}.get(name)
     try:
         if layout == "jax":
-            heads = heads or state["blocks.0.attn.q.weight"].shape[1]
-            state = {key: _from_jax(key, value) for key, value in state.items()}
+            heads = heads or state["blocks.0.attn.q.kernel"].shape[1]
+            state = dict(_from_jax(*item) for item in state.items())
         eps = config.get("layer_norm_eps") or (1e-5 if roberta else None)
         sizes = _trunk_config(_fuse_qkv(state), layout, heads, eps)
         if config.get("hidden_size", sizes.width) != sizes.width:
@@ -1334,8 +1337,8 @@ _ENCODER = """encoder.=encoder.patch_embed. blocks.blocks.=encoder.blocks. cls_t
     cls_pos=encoder.cls_pos pos_embed.=encoder.pos_embed. reduce_dim.=encoder.reduce_dim."""
 _RELEASE = {  # tables as those of the public weights
     "Student": _table(" ".join("ACT_encoder." + word for word in _ENCODER.split()) + """ ACT_decoder.=decoder. mask_token
-        decoder_pos_embed. increase_dim.0.=head. proj_head.0.=head. proj_head.=head. ACT_encoder.lm_head.=
-        ACT_encoder.cls_head.= dvae_tokenizer.="""),
+        decoder_pos_embed. increase_dim.0.=head. proj_head.0.=head. proj_head.=head. dvae_tokenizer.=
+        ACT_encoder.lm_head.= ACT_encoder.cls_head.="""),
     "Teacher": _table("""codebook encoder. dgcnn_1. dgcnn_2. decoder. proj_pre. proj_post. visual_pos_embed. visual_prompt_
         deep_prompt_ trunk.blocks. visual_embed.0.=trunk.norm_pre. visual_embed.1.=trunk.norm.
         visual_embed.2.=trunk.norm."""),
@@ -1352,8 +1355,8 @@ def load(path, device="cpu", **sizes):
     """The Teacher, Student, Classifier or Segmenter that a checkpoint holds, in eval mode.
 
     Reads our checkpoints and those of the public release and Point-MAE. Sizes are read off the tensors; what those cannot
-    say comes from `sizes`, else it is the paper's: heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with a
-    downstream head), group_size 32. A Point-MAE student has no class token: it starts fresh, with a warning.
+    say comes from `sizes`, else it is the paper's: heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with
+    a downstream head), group_size 32. A Point-MAE student has no class token: it starts fresh, with a warning.
     Raises ValueError, naming the file, if it is missing, corrupt, of no known kind, or a key is stray or missing.
     """
     obj = read_tensors(path)
@@ -1392,12 +1395,13 @@ def _release_sizes(kind, state, path):
             num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1], num_prompt=prompts,
             prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompts else "none", weights=Path(path).name,
             decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), trunk=asdict(_trunk_config(trunk, layout)))
-    depth = {part: len({k.split(".")[2] for k in state if k.startswith(part + ".blocks.")}) for part in ("encoder", "decoder")}
+    encoder = {k.split(".")[2] for k in state if k.startswith("encoder.blocks.")}
+    decoder = {k.split(".")[2] for k in state if k.startswith("decoder.blocks.")}
     width = len(state["encoder.norm.weight"])
-    config = dict(width=width, depth=depth["encoder"], num_heads=max(1, width // 64),
+    config = dict(width=width, depth=len(encoder), num_heads=max(1, width // 64),
                   encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
     if kind == "Student":
-        config.update(decoder_depth=depth["decoder"], target_dim=len(state["head.weight"]))
+        config.update(decoder_depth=len(decoder), target_dim=len(state["head.weight"]))
         # Point-MAE, which has no class token, predicts the points
         return config if "encoder.cls_token" in state else {**config, "group_size": config["target_dim"] // 3}
     if kind == "Classifier":
