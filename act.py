@@ -602,7 +602,7 @@ def _state_dict(obj, path):
 
 
 def _translate(state, tables, what, path):
-    """(name of the table that fits, the state under our names); a key that the table does not cover is an error."""
+    """(name of the table that fits, the state under our names). Each key must be covered, and be the only one for its name."""
     spelt = list(state)
     for old, new in _SPELLINGS:
         spelt = [re.sub(old, new, name) for name in spelt]

@@ -1591,6 +1591,7 @@ def assert_one_line(error, *words):
     ({"conv1.weight": torch.ones(1)}, ["no Transformer of a known layout", "conv1.weight"]),
     ({**vit_state(), "blocks.0.attn.q_norm.weight": torch.ones(2)}, ["stray key 'blocks.0.attn.q_norm.weight'"]),
     ({**vit_state(), "fc_norm.weight": torch.ones(2)}, ["stray key 'fc_norm.weight'"]),
+    ({**vit_state(num_reg=4), "register_tokens": torch.ones(1, 4, W)}, ["stray key 'register_tokens'", "'reg_token' already"]),
     ({**vit_state(), "blocks.9999999.norm1.weight": torch.ones(W)}, ["stray key 'blocks.9999999.norm1.weight'"]),
     (without(vit_state(), "blocks.1.mlp.fc2.bias"), ["missing key 'blocks.1.mlp.fc2.bias'"]),
     (without(vit_state(), "blocks.0.attn.qkv.weight"), ["blocks.0.attn.qkv.weight"]),
