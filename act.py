@@ -456,8 +456,7 @@ _PUBLISHED = {
 # files, transformers 5; Point-MAE, segmenters, the trunks of teachers.
 _SPELLINGS = (
     (r"^(bert|roberta|vit)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^layers\.", "encoder.layer."), (r"^MAE_", "ACT_"),
-    (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."),
+    (r"^layers\.", "encoder.layer."), (r"^MAE_", "ACT_"), (r"^(label_conv|propagation_0|convs\d|bns\d)_cls\.", r"\1."),
     (r"^visual_embed\.[01]\.(layer\.)?(?=\d)", "trunk.blocks."))
 # Within a block, whatever the layout: our name, and all that it goes by.
 _BLOCK = {theirs: ours for ours, names in {
@@ -602,7 +601,7 @@ def _state_dict(obj, path):
 
 
 def _translate(state, tables, what, path):
-    """(name of the table that fits, the state under our names). Each key must be covered, and be the only one for its name."""
+    """(name of the table that fits, the state under our names). Each key must be covered, and alone in its place."""
     spelt = list(state)
     for old, new in _SPELLINGS:
         spelt = [re.sub(old, new, name) for name in spelt]
@@ -674,8 +673,7 @@ def load_pretrained(name_or_path, num_heads=None):
         if layout == "jax":
             heads = heads or state["blocks.0.attn.q.kernel"].shape[1]
             state = dict(_from_jax(*item) for item in state.items())
-        eps = config.get("layer_norm_eps") or (1e-5 if roberta else None)
-        sizes = _trunk_config(_fuse_qkv(state), layout, heads, eps)
+        sizes = _trunk_config(_fuse_qkv(state), layout, heads, config.get("layer_norm_eps") or (1e-5 if roberta else None))
         if config.get("hidden_size", sizes.width) != sizes.width:
             raise ValueError(f"width {sizes.width}, but the config.json beside it says {config['hidden_size']}")
         for key in {"cls_token", "pos_embed"} & set(state):  # CLIP leaves out the batch dimensions
@@ -1395,9 +1393,8 @@ def _release_sizes(kind, state, path):
             num_tokens=len(state["codebook"]), tokens_dims=state["codebook"].shape[1], num_prompt=prompts,
             prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompts else "none", weights=Path(path).name,
             decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), trunk=asdict(_trunk_config(trunk, layout)))
-    encoder = {k.split(".")[2] for k in state if k.startswith("encoder.blocks.")}
-    decoder = {k.split(".")[2] for k in state if k.startswith("decoder.blocks.")}
     width = len(state["encoder.norm.weight"])
+    encoder, decoder = ({k.split(".")[2] for k in state if k.startswith(at)} for at in ("encoder.blocks.", "decoder.blocks."))
     config = dict(width=width, depth=len(encoder), num_heads=max(1, width // 64),
                   encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
     if kind == "Student":
