@@ -1394,7 +1394,7 @@ def _release_sizes(kind, state, path):
             prompt="deep" if "deep_prompt_tokens" in state else "shallow" if prompts else "none", weights=Path(path).name,
             decoder_dims=len(state["dgcnn_2.layer5.0.weight"]), trunk=asdict(_trunk_config(trunk, layout)))
     width = len(state["encoder.norm.weight"])
-    encoder, decoder = ({k.split(".")[2] for k in state if k.startswith(at)} for at in ("encoder.blocks.", "decoder.blocks."))
+    encoder, decoder = ({k.split(".")[2] for k in state if k.startswith(f"{x}coder.blocks.")} for x in ("en", "de"))
     config = dict(width=width, depth=len(encoder), num_heads=max(1, width // 64),
                   encoder_dims=len(state["encoder.patch_embed.second_conv.3.weight"]))
     if kind == "Student":
