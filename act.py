@@ -1561,16 +1561,16 @@ def _row(number, line, wanted=3, kind=float):
     return row
 
 
-def _numbers(rows):
-    """All the numbers of some lines, (line number, line, how many numbers if not 3)."""
-    return np.fromiter((value for row in rows for value in _row(*row)), float)
+def _numbers(rows, columns=3):
+    """The numbers of [(line number, line, how many numbers if not 3)], (n, columns)."""
+    return np.fromiter((value for row in rows for value in _row(*row)), float).reshape(-1, columns)
 
 
 def _read_text(data):
     """A point a line, commas or blanks between its columns; the first line may be a header of words or the count."""
     lines = _lines(data.replace(b",", b" "), "#|//")
     header = re.fullmatch(r"\s*(?:(\d{1,18})|(?!nan\b|inf\b)[_A-Z].*)\s*", lines[0][1] if lines else "", re.IGNORECASE)
-    points = _numbers(lines[1:] if header else lines).reshape(-1, 3)
+    points = _numbers(lines[1:] if header else lines)
     if header and header[1] and int(header[1]) != len(points):
         raise ValueError(f"the first line promises {int(header[1])} points, the file holds {len(points)}")
     return points, ()
@@ -1585,9 +1585,8 @@ def _read_off(data):
     num_vertices, num_faces = _row(*lines.pop(0), 2, int)
     if min(num_vertices, num_faces) < 0 or num_vertices + num_faces > len(lines):
         raise ValueError(f"promises {num_vertices} vertices and {num_faces} faces, {len(lines)} lines follow")
-    rows = lines[num_vertices:num_vertices + num_faces]
-    faces = [_row(*row, 1 + max(0, *_row(*row, 1, int)), int)[1:] for row in rows]
-    return _numbers(lines[:num_vertices]).reshape(-1, 3), faces
+    faces = [_row(*line, 1 + max(0, *_row(*line, 1, int)), int)[1:] for line in lines[num_vertices:num_vertices + num_faces]]
+    return _numbers(lines[:num_vertices]), faces
 
 
 def _read_obj(data):
@@ -1601,7 +1600,7 @@ def _read_obj(data):
             corners = _row(number, corners, max(3, len(corners.split())), int)
             # from 1, or negative: counted from the last vertex so far
             faces.append([corner - 1 if corner > 0 else corner + len(vertices) if corner else -1 for corner in corners])
-    return _numbers(vertices).reshape(-1, 3), faces
+    return _numbers(vertices), faces
 
 
 PLY_TYPES = dict(zip("char uchar short ushort int uint float double int8 uint8 int16 uint16 int32 uint32 float32 float64".split(),
@@ -1652,17 +1651,17 @@ def _read_ply(data):
     (order, elements), offset, found = _ply_header(lines), header.end(), {"vertex": {}, "face": {}}
     if order == "=":  # the numbers of a text become a file of doubles, read like any other
         rows = [(number, line, len(line.split())) for number, line in _lines(data) if number >= len(lines)]
-        data, offset = _numbers(rows).tobytes(), 0
+        data, offset = _numbers(rows, 1).tobytes(), 0
     for name, count, properties in elements:
         try:
             found[name], offset = _ply_rows(data, offset, count, properties)
         except (ValueError, OverflowError, struct.error) as error:
             raise ValueError(f"promises {count} rows of {name!r}, the file ends before that or its lists are broken") from error
     vertex, face = found["vertex"], found["face"]
-    if not {"x", "y", "z"} <= set(vertex):
+    if not set("xyz") <= set(vertex):
         raise ValueError(f"expected a vertex with x, y and z, found {', '.join(vertex) or 'none'}")
-    points = [np.asarray(vertex[axis], np.float64).reshape(-1) for axis in "xyz"]
-    return np.stack(points, 1), face.get("vertex_indices", face.get("vertex_index", ()))
+    points = np.stack([np.asarray(vertex[axis], np.float64).reshape(-1) for axis in "xyz"], 1)
+    return points, face.get("vertex_indices", face.get("vertex_index", ()))
 
 
 READERS = {".npy": _read_npy, ".npz": _read_npz, ".ply": _read_ply, ".off": _read_off, ".obj": _read_obj, ".xyz": _read_text,
@@ -1692,31 +1691,29 @@ def sample_mesh(vertices, faces, num_points, seed=0):
 
 
 def read_points(path):
-    """The points of a file of any of the forms in READERS, (n, 3) float64 as stored; a mesh gives MESH_POINTS of its surface.
+    """The points of a file, (n, 3) float64 as stored; a mesh gives MESH_POINTS of its surface.
 
-    Further columns and properties are ignored. Raises ValueError, one line that begins with the file's name, also where a
-    coordinate is not finite or all points are the same.
+    Raises ValueError, one line that begins with the file's name, also where a coordinate is not finite or all are the same.
     """
     path, kind = os.fspath(path), os.path.splitext(path)[1].lower()
-    if kind not in READERS:
-        raise ValueError(f"{path}: unknown extension {kind!r}, expected one of {' '.join(READERS)}")
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
     try:
+        if kind not in READERS:
+            raise ValueError(f"unknown extension {kind!r}, expected one of {' '.join(READERS)}")
+        if not os.path.isfile(path):
+            raise ValueError("no such file")
         with open(path, "rb") as file:
             points, faces = READERS[kind](file.read())
         if points.ndim != 2 or not 3 <= points.shape[1] <= 64:
             raise ValueError(f"expected an array of shape (n, 3), up to 64 columns, found {points.shape}")
         points = np.ascontiguousarray(points[:, :3], dtype=np.float64)
-        bad = int((~np.isfinite(points)).any(1).sum())
-        if bad:
-            raise ValueError(f"{bad} of {len(points)} points are NaN or infinite")
+        finite = np.isfinite(points).all(1)
+        if not finite.all():
+            raise ValueError(f"{(~finite).sum()} of {len(points)} points are NaN or infinite")
         normalize(points)  # raises where all are the same
         return sample_mesh(points, faces, MESH_POINTS) if len(faces) else points
     except (ValueError, *BROKEN) as error:
         message = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
-            message = f"broken {kind} file ({message})"
+        message = message if isinstance(error, ValueError) else f"broken {kind} file ({message})"
         raise ValueError(f"{path}{', ' if message.startswith('line ') else ': '}{message}") from error
 
 
@@ -1777,18 +1774,17 @@ class Clouds:
     def draw(self, indices, num_points, generator=None):
         """A random `num_points` of each cloud, in random order and without repetition; a smaller cloud is repeated.
 
-        indices (B,) -> xyz (B, num_points, 3) float32, flat (B, num_points) int64 into points. Each draw is normalised anew:
-        sample first, then normalise. The generator is on the device of the points.
+        indices (B,) -> xyz (B, num_points, 3) float32, each draw normalised anew; flat (B, num_points) int64 into points.
+        The generator is on the device of the points.
         """
         indices = indices.to(self.offsets.device)
         start, size = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]  # (B,)
         # the batch's largest on a CPU; on a GPU the set's, known since it was moved there: nothing waits
         largest, order = self.largest or int(size.max()), []
-        position = torch.arange(largest, device=size.device)
         for rows in size.split(max(1, 2 ** 24 // largest)):  # one part, unless the keys would take more than 64 MiB
             keys = torch.rand(len(rows), largest, generator=generator, device=size.device)
-            keys.masked_fill_(position >= rows[:, None], 2)  # behind the cloud's end: after every real key
-            order.append(keys.topk(min(num_points, largest), largest=False).indices)
+            behind = torch.arange(largest, device=size.device) >= rows[:, None]  # the cloud's end: after every real key
+            order.append(keys.masked_fill_(behind, 2).topk(min(num_points, largest), largest=False).indices)
         turn = torch.arange(num_points, device=size.device) % size[:, None]  # (B, num_points)
         flat = start[:, None] + torch.cat(order).gather(1, turn)
         xyz = self.points[flat]
@@ -2439,10 +2435,10 @@ def draw_text(image, x, y, text, color=INK, scale=2, align=0.0, width=math.inf):
 
 
 def render(xyz, colors=None, size=320, radius=1.05):
-    """A cloud as shaded discs on white, y up, seen from 35 degrees to the side and 20 above -> (size, size, 3) uint8.
+    """A cloud (N, 3) as shaded discs on white, y up, seen from 35 degrees to the side and 20 above -> (size, size, 3) uint8.
 
-    xyz: (N, 3); colors: (N, 3) in 0..1, by height if not given. The frame holds the ball of `radius` about the origin
-    whatever the cloud, so that renders compare. Points that are not finite are left out.
+    colors: (N, 3) in 0..1, by height if not given. The frame holds the ball of `radius` about the origin whatever the
+    cloud, so that renders compare. Points that are not finite are left out.
     """
     xyz = np.asarray(xyz, dtype=np.float64)
     height = np.clip(0.5 + xyz[:, 1:2] / radius / 2, 0, 1)
@@ -2454,19 +2450,18 @@ def render(xyz, colors=None, size=320, radius=1.05):
     zoom = 0.97 * S * 2 / np.maximum(4 * radius - depth, radius)  # mild perspective, from 4 radii away
     row, column = [np.rint(np.clip(S / 2 + v * zoom, -S, 2 * S)).astype(int)[:, None] for v in (-y, x)]
     disc = min(max(0.52 * S / math.sqrt(len(xyz) + 1), 1.5), 0.02 * S)  # its radius: the more points, the smaller
-    reach = np.arange(-int(disc), int(disc) + 1)
-    dy, dx = np.argwhere(np.hypot(reach[:, None], reach) <= disc).T - int(disc)  # the pixels of a disc
-    owner = np.full(S * S, -1)  # which pixel of which disc is seen: far to near, the nearer hides the farther
-    for part in np.array_split(np.argsort(depth, kind="stable"), len(xyz) // 2**16 + 1):  # parts bound the memory
+    reach = int(disc)
+    dy, dx = (np.argwhere(np.hypot(*np.mgrid[-reach:reach + 1, -reach:reach + 1]) <= disc) - reach).T  # its pixels
+    ball = 0.8 * np.sqrt(1 - (dx**2 + dy**2) / disc**2) - (0.35 * dx + 0.5 * dy) / disc  # lit from the upper left
+    light = 0.62 + 0.38 * np.clip(ball, 0, 1)[:, None]
+    fade = 0.45 + 0.55 * np.clip(0.5 + depth / radius / 2, 0, 1)[:, None, None]  # the far side fades into the white
+    colors = np.clip(colors, 0, 1)[:, None]
+    canvas = np.ones((S, S, 3), np.float32)
+    # far to near, the nearer hides the farther; parts bound the memory
+    for part in np.array_split(np.argsort(depth, kind="stable"), len(xyz) // 2**16 + 1):
         rows, columns = row[part] + dy, column[part] + dx  # (n, pixels)
         inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)
-        owner[(rows * S + columns)[inside]] = (part[:, None] * len(dx) + np.arange(len(dx)))[inside]
-    point, pixel = np.divmod(owner[owner >= 0], len(dx))
-    ball = 0.8 * np.sqrt(1 - (dx**2 + dy**2) / disc**2) - (0.35 * dx + 0.5 * dy) / disc  # lit from the upper left
-    light = 0.62 + 0.38 * np.clip(ball, 0, 1)[pixel, None]
-    fade = 0.45 + 0.55 * np.clip(0.5 + depth / radius / 2, 0, 1)[point, None]  # the far side fades into the white
-    canvas = np.ones((S * S, 3), np.float32)
-    canvas[owner >= 0] = np.clip(colors[point], 0, 1) * light * fade + 1 - fade
+        canvas[rows[inside], columns[inside]] = (colors[part] * light * fade[part] + 1 - fade[part])[inside]
     return (255 * canvas.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))).round().astype(np.uint8)
 
 
@@ -2522,8 +2517,8 @@ def plot_lines(curves, title="", xlabel="", ylabel="", size=(640, 400)):
     W, H = size
     lines = [np.array([[*x, np.nan], [*y, np.nan]], dtype=np.float64) for x, y in curves.values()]  # (2, K), never empty
     lines = [np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for xy in lines]
-    every = np.hstack([*lines, np.full((2, 1), np.nan)])
-    every = every[:, ~np.isnan(every[0])] if np.isfinite(every).any() else np.eye(2)
+    every = np.hstack([np.empty((2, 0)), *(xy[:, ~np.isnan(xy[0])] for xy in lines)])
+    every = every if every.size else np.eye(2)
     log = 0 < 100 * every[1].min() < every[1].max()
     for xy in (every, *lines) if log else ():
         xy[1] = np.log10(xy[1])
