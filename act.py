@@ -1585,8 +1585,8 @@ def _read_off(data):
     num_vertices, num_faces = _row(*lines.pop(0), 2, int)
     if min(num_vertices, num_faces) < 0 or num_vertices + num_faces > len(lines):
         raise ValueError(f"promises {num_vertices} vertices and {num_faces} faces, {len(lines)} lines follow")
-    faces = [_row(*line, 1 + max(0, *_row(*line, 1, int)), int)[1:] for line in lines[num_vertices:num_vertices + num_faces]]
-    return _numbers(lines[:num_vertices]), faces
+    vertices, faces = lines[:num_vertices], lines[num_vertices:num_vertices + num_faces]
+    return _numbers(vertices), [_row(*face, 1 + max(0, *_row(*face, 1, int)), int)[1:] for face in faces]
 
 
 def _read_obj(data):
@@ -1605,25 +1605,6 @@ def _read_obj(data):
 
 PLY_TYPES = dict(zip("char uchar short ushort int uint float double int8 uint8 int16 uint16 int32 uint32 float32 float64".split(),
                      "bBhHiIfdbBhHiIfd"))  # as struct and numpy call them
-
-
-def _ply_header(lines):
-    """-> (order: "<", ">" or "=" for text, [(element, count, [(property, [type] or [type of its length, type])])])."""
-    elements, order = [], None
-    for number, line in enumerate(lines, 1):
-        keyword, *words = line.split() or [""]
-        try:
-            if keyword == "format":
-                order = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}[words[0]]
-            elif keyword == "element":
-                elements.append((words[0], max(0, int(words[1])), []))
-            elif keyword == "property":
-                kinds, name = (words[1:3], words[3]) if words[0] == "list" else (words[:1], words[1])
-                kinds = [order + PLY_TYPES[kind] for kind in kinds]
-                elements[-1][2].append((name, ["=d"] * len(kinds) if order == "=" else kinds))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"line {number}: not a line of a PLY header: {line.strip()[:60]!r}") from error
-    return order, elements
 
 
 def _ply_rows(data, offset, count, properties):
@@ -1647,11 +1628,24 @@ def _read_ply(data):
     header = re.match(rb"ply\s.*?\nend_header[ \t]*(\r?\n|$)", data, re.DOTALL)
     if not header:
         raise ValueError("expected a PLY header, from 'ply' to 'end_header'")
-    lines = header[0].decode("latin-1").split("\n")
-    (order, elements), offset, found = _ply_header(lines), header.end(), {"vertex": {}, "face": {}}
+    lines, offset, order, elements = header[0].decode("latin-1").split("\n"), header.end(), None, []
+    for number, line in enumerate(lines, 1):
+        keyword, *words = line.split() or [""]
+        try:
+            if keyword == "format":
+                order = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}[words[0]]
+            elif keyword == "element":  # (name, count, [(property, [type] or [type of its length, type])])
+                elements.append((words[0], max(0, int(words[1])), []))
+            elif keyword == "property":
+                kinds, name = (words[1:3], words[3]) if words[0] == "list" else (words[:1], words[1])
+                kinds = [order + PLY_TYPES[kind] for kind in kinds]
+                elements[-1][2].append((name, ["=d"] * len(kinds) if order == "=" else kinds))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: not a line of a PLY header: {line.strip()[:60]!r}") from error
     if order == "=":  # the numbers of a text become a file of doubles, read like any other
         rows = [(number, line, len(line.split())) for number, line in _lines(data) if number >= len(lines)]
         data, offset = _numbers(rows, 1).tobytes(), 0
+    found = {"vertex": {}, "face": {}}
     for name, count, properties in elements:
         try:
             found[name], offset = _ply_rows(data, offset, count, properties)
