@@ -1501,7 +1501,8 @@ def _pick_array(sizes):
     """Of the arrays {name: (bytes, bytes packed)}, one with a name we know, or the only one, unless it is a bomb."""
     names = [name for name in ARRAY_NAMES if name in sizes] or list(sizes)
     if not names or (len(names) > 1 and names[0] not in ARRAY_NAMES):
-        raise ValueError(f"expected an array named {', '.join(ARRAY_NAMES)}, found {', '.join(names[:5]) or 'none'}")
+        found = ", ".join(map(str, names[:5])) or "none"  # HDF5 gives bytes where a name is no text
+        raise ValueError(f"expected an array named {', '.join(ARRAY_NAMES)}, found {found}")
     size, packed = sizes[names[0]]
     if size > max(2 ** 26, 100 * packed):
         raise ValueError(f"array {names[0]} claims {size} bytes, packed into {packed}")
