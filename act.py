@@ -1450,20 +1450,16 @@ ARRAY_NAMES = ("points", "xyz", "data", "pos")
 BROKEN = (OSError, EOFError, OverflowError, RuntimeError, KeyError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
-def _pick_array(arrays, size, packed):
-    """The one of `arrays` (a dict) with a name we know, or the only one, unless it unpacks into more than any cloud does."""
-    names = [name for name in ARRAY_NAMES if name in arrays] or list(arrays)
+def _pick_array(sizes):
+    """Of the arrays {name: (bytes, bytes packed)}, one with a name we know, or the only one, unless it is a bomb."""
+    names = [name for name in ARRAY_NAMES if name in sizes] or list(sizes)
     if not names or (len(names) > 1 and names[0] not in ARRAY_NAMES):
-        raise ValueError(f"expected an array named {', '.join(ARRAY_NAMES)}, found {', '.join(names[:5]) or 'none'}")
-    array = arrays[names[0]]
-    if size(array) > max(2 ** 26, 100 * packed(array)):
-        raise ValueError(f"array {names[0]} claims {size(array)} bytes, packed into {packed(array)}")
-    return array
-
-
-def _check_shape(shape):
-    if len(shape) != 2 or not 3 <= shape[1] <= 64:
-        raise ValueError(f"expected an array of shape (n, 3), up to 64 columns, found {tuple(shape)}")
+        found = ", ".join(map(str, names[:5])) or "none"  # HDF5 gives bytes where a name is no text
+        raise ValueError(f"expected an array named {', '.join(ARRAY_NAMES)}, found {found}")
+    size, packed = sizes[names[0]]
+    if size > max(2 ** 26, 100 * packed):
+        raise ValueError(f"array {names[0]} claims {size} bytes, packed into {packed}")
+    return names[0]
 
 
 def _read_npy(data):
@@ -1476,19 +1472,18 @@ def _read_npy(data):
     kind, fortran, shape = fields.groups() if fields else ("unknown", "", "")
     if not re.fullmatch(r"'[<>=|]?(f[248]|[iu][1248]|b1)'", kind):
         raise ValueError(f"expected an array of numbers, found type {kind}; Python objects are never loaded")
-    shape = tuple(int(size) for size in shape.split(",") if size.strip())
-    _check_shape(shape)
-    claimed, held = math.prod(shape) * np.dtype(kind[1:-1]).itemsize, max(0, len(data) - start)
+    kind, shape = np.dtype(kind[1:-1]), [int(size) for size in shape.split(",") if size.strip()]
+    claimed, held = math.prod(shape) * kind.itemsize, max(0, len(data) - start)
     if claimed > held:
         raise ValueError(f"the header promises {claimed} bytes of points, the file holds {held}")
-    return np.frombuffer(data, kind[1:-1], math.prod(shape), start).reshape(shape, order="CF"[fortran == "True"]), ()
+    return np.frombuffer(data, kind, math.prod(shape), start).reshape(shape, order="CF"[fortran == "True"]), ()
 
 
 def _read_npz(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
-        member = _pick_array(members, lambda info: info.file_size, lambda info: min(info.compress_size, len(data)))
-        return _read_npy(archive.read(member))
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        sizes = {member.filename[:-4]: (member.file_size, min(member.compress_size, len(data))) for member in members}
+        return _read_npy(archive.read(_pick_array(sizes) + ".npy"))
 
 
 def _read_h5(data):
@@ -1497,100 +1492,73 @@ def _read_h5(data):
     except ImportError as error:
         raise ValueError("reading .h5 needs h5py: pip install h5py") from error
     with h5py.File(io.BytesIO(data), "r") as file:
-        arrays = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub"}
-        array = _pick_array(arrays, lambda item: item.nbytes, lambda item: min(item.id.get_storage_size(), len(data)))
-        _check_shape(array.shape)
-        return array[:], ()
+        arrays = [item for item in file.items() if isinstance(item[1], h5py.Dataset) and item[1].dtype.kind in "fiub"]
+        sizes = {name: (array.nbytes, min(array.id.get_storage_size(), len(data))) for name, array in arrays if array.shape}
+        return file[_pick_array(sizes)][:], ()
 
 
-def _clean(data, comment=b"#"):
-    """Text without byte order mark, carriage returns and comments; every line keeps its number."""
-    data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return re.sub(rb"(%b)[^\n]*" % comment, b"", data)
+def _lines(data, comment="#"):
+    """The lines of a text that are not blank, without comments: [(number, line)]."""
+    text = re.sub("\r\n?", "\n", data.decode("utf-8-sig", "replace"))
+    lines = re.sub(f"({comment}).*", "", text).split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _row(line, number, wanted=3, kind=float):
+def _row(number, line, wanted=3, kind=float):
     """The first `wanted` numbers of line `number`."""
     try:
         row = [kind(word) for word in line.split()[:wanted]]
     except ValueError:
         row = []  # named below, as a line too short is
     if len(row) < wanted:
-        raise ValueError(f"line {number}: expected {wanted} numbers, found {line.strip()[:60].decode('ascii', 'replace')!r}")
+        raise ValueError(f"line {number}: expected {wanted} numbers, found {line.strip()[:60]!r}")
     return row
 
 
-def _rows(text, number=1):
-    """The first three numbers of each line, (n, 3), of a text that begins at line `number`."""
-    if not text.decode("latin-1").strip():
-        return np.empty((0, 3))
-    try:
-        return np.loadtxt(io.BytesIO(text), usecols=(0, 1, 2), ndmin=2, comments=None, encoding="latin-1")
-    except ValueError:  # line by line, to name the one at fault
-        return np.array([_row(line, number + i) for i, line in enumerate(text.split(b"\n")) if line.strip()])
+def _numbers(rows, columns=3):
+    """The numbers of [(line number, line, how many numbers if not 3)], (n, columns)."""
+    return np.fromiter((value for row in rows for value in _row(*row)), float).reshape(-1, columns)
 
 
 def _read_text(data):
     """A point a line, commas or blanks between its columns; the first line may be a header of words or the count."""
-    text = _clean(data, b"#|//").replace(b",", b" ")
-    first = re.match(rb"\s*(?:(\d{1,18})|[_A-Za-z][^\n]*)[ \t]*(?=\n)", text)
-    if not first or re.match(rb"\s*(nan|inf)\b", text, re.IGNORECASE):
-        return _rows(text), ()
-    points = _rows(b"\n" * first[0].count(b"\n") + text[first.end():])
-    if first[1] and int(first[1]) != len(points):
-        raise ValueError(f"the first line promises {int(first[1])} points, the file holds {len(points)}")
+    lines = _lines(data.replace(b",", b" "), "#|//")
+    header = re.fullmatch(r"\s*(?:(\d{1,18})|(?!nan\b|inf\b)[_A-Z].*)\s*", lines[0][1] if lines else "", re.IGNORECASE)
+    points = _numbers(lines[1:] if header else lines)
+    if header and header[1] and int(header[1]) != len(points):
+        raise ValueError(f"the first line promises {int(header[1])} points, the file holds {len(points)}")
     return points, ()
 
 
 def _read_off(data):
-    text = _clean(data)
-    keyword = re.match(rb"\s*[A-Z]{0,4}OFF", text)  # the counts may be glued to it
-    lines = text[keyword.end():].split(b"\n") if keyword else []
-    start = keyword[0].count(b"\n") + 1 if keyword else 1
-    filled = [i for i, line in enumerate(lines) if line.strip()]
-    if not filled:
+    (number, first), *lines = _lines(data) or [(1, "")]
+    keyword, counts = re.fullmatch(r"\s*([A-Z]{0,4}OFF)?(.*)", first).groups()
+    lines = [(number, counts), *lines] if counts.strip() else lines  # the counts may be glued to the keyword
+    if not keyword or not lines:
         raise ValueError("expected OFF and the counts of vertices and faces at the start of the file")
-    num_vertices, num_faces = _row(lines[filled[0]], start + filled[0], 2, int)
-    if min(num_vertices, num_faces) < 0 or num_vertices + num_faces >= len(filled):
-        raise ValueError(f"promises {num_vertices} vertices and {num_faces} faces, {len(filled) - 1} lines follow")
-    first, last = filled[0] + 1, filled[num_vertices] + 1
-    rows = [(lines[i], start + i) for i in filled[num_vertices + 1:num_vertices + num_faces + 1]]
-    faces = [_row(line, number, 1 + max(0, *_row(line, number, 1, int)), int)[1:] for line, number in rows]
-    return _rows(b"\n".join(lines[first:last]), start + first), faces
+    num_vertices, num_faces = _row(*lines.pop(0), 2, int)
+    if min(num_vertices, num_faces) < 0 or num_vertices + num_faces > len(lines):
+        raise ValueError(f"promises {num_vertices} vertices and {num_faces} faces, {len(lines)} lines follow")
+    vertices, faces = lines[:num_vertices], lines[num_vertices:num_vertices + num_faces]
+    return _numbers(vertices), [_row(*face, 1 + max(0, *_row(*face, 1, int)), int)[1:] for face in faces]
 
 
 def _read_obj(data):
-    text, faces, seen = _clean(data), [], 0
-    for number, line in enumerate(text.split(b"\n"), 1):
-        seen += line.startswith((b"v ", b"v\t"))
-        if line.startswith((b"f ", b"f\t")):
-            corners = re.sub(rb"/\S*", b"", line[2:])  # a/b/c: vertex, texture, normal; negative: counted from the last vertex
-            corners = _row(corners, number, max(3, len(corners.split())), int)
-            faces.append([corner - 1 if corner > 0 else corner + seen if corner else -1 for corner in corners])
-    return _rows(re.sub(rb"(?m)^(v[ \t]|.*$)", b"", text)), faces  # of a vertex's line, all but the v; of another, nothing
+    vertices, faces = [], []
+    for number, line in _lines(data):
+        keyword, rest, *_ = *line.split(maxsplit=1), ""
+        if keyword == "v":
+            vertices.append((number, rest))
+        elif keyword == "f":
+            corners = re.sub(r"/\S*", "", rest)  # a/b/c: vertex, texture, normal
+            corners = _row(number, corners, max(3, len(corners.split())), int)
+            # from 1, or negative: counted from the last vertex so far
+            faces.append([corner - 1 if corner > 0 else corner + len(vertices) if corner else -1 for corner in corners])
+    return _numbers(vertices), faces
 
 
 PLY_TYPES = dict(zip("char uchar short ushort int uint float double int8 uint8 int16 uint16 int32 uint32 float32 float64".split(),
                      "bBhHiIfdbBhHiIfd"))  # as struct and numpy call them
-
-
-def _ply_header(lines):
-    """-> (order: "<", ">" or "=" for text, [(element, count, [(property, (type,) or (type of its length, type))])])."""
-    elements, order = [], None
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        try:
-            if words[:1] == ["format"]:
-                order = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}[words[1]]
-            elif words[:1] == ["element"]:
-                elements.append((words[1], int(words[2]), []))
-            elif words[:1] == ["property"]:
-                kinds, name = (words[2:4], words[4]) if words[1] == "list" else (words[1:2], words[2])
-                kinds = [PLY_TYPES[kind] for kind in kinds]
-                elements[-1][2].append((name, [order + ("d" if order == "=" else kind) for kind in kinds]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"line {number}: not a line of a PLY header: {line.strip()[:60]!r}") from error
-    return order, elements
 
 
 def _ply_rows(data, offset, count, properties):
@@ -1601,13 +1569,12 @@ def _ply_rows(data, offset, count, properties):
     columns = {name: [] for name, _ in properties}
     for _ in range(count):
         for name, kinds in properties:
-            length = 1
-            if len(kinds) == 2:
-                length = int(struct.unpack_from(kinds[0], data, offset)[0])
-                offset += struct.calcsize(kinds[0])
-            form = f"{kinds[-1][0]}{length}{kinds[-1][1]}"
-            columns[name].append(struct.unpack_from(form, data, offset))
-            offset += struct.calcsize(form)
+            values = (1,)
+            for kind in kinds:  # of a list: its length, then as many values
+                form = f"{kind[0]}{int(values[0])}{kind[1]}"
+                values = struct.unpack_from(form, data, offset)
+                offset += struct.calcsize(form)
+            columns[name].append(values)
     return columns, offset
 
 
@@ -1615,26 +1582,34 @@ def _read_ply(data):
     header = re.match(rb"ply\s.*?\nend_header[ \t]*(\r?\n|$)", data, re.DOTALL)
     if not header:
         raise ValueError("expected a PLY header, from 'ply' to 'end_header'")
-    lines = header[0].decode("latin-1").split("\n")
-    (order, elements), offset, found = _ply_header(lines), header.end(), {}
-    if order == "=":  # the numbers of a text become a file of doubles, read like any other
-        body, offset = data[offset:], 0
+    lines, offset, order, elements = header[0].decode("latin-1").split("\n"), header.end(), None, []
+    for number, line in enumerate(lines, 1):
+        keyword, *words = line.split() or [""]
         try:
-            data = np.fromstring(body, sep=" ").tobytes()
-        except ValueError:
-            for number, line in enumerate(body.split(b"\n"), len(lines)):
-                _row(line, number, len(line.split()))
-            raise
+            if keyword == "format":
+                order = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}[words[0]]
+            elif keyword == "element":  # (name, count, [(property, [type] or [type of its length, type])])
+                elements.append((words[0], max(0, int(words[1])), []))
+            elif keyword == "property":
+                kinds, name = (words[1:3], words[3]) if words[0] == "list" else (words[:1], words[1])
+                kinds = [order + PLY_TYPES[kind] for kind in kinds]
+                elements[-1][2].append((name, ["=d"] * len(kinds) if order == "=" else kinds))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: not a line of a PLY header: {line.strip()[:60]!r}") from error
+    if order == "=":  # the numbers of a text become a file of doubles, read like any other
+        rows = [(number, line, len(line.split())) for number, line in _lines(data) if number >= len(lines)]
+        data, offset = _numbers(rows, 1).tobytes(), 0
+    found = {"vertex": {}, "face": {}}
     for name, count, properties in elements:
         try:
-            found[name], offset = _ply_rows(data, offset, max(count, 0), properties)
+            found[name], offset = _ply_rows(data, offset, count, properties)
         except (ValueError, OverflowError, struct.error) as error:
             raise ValueError(f"promises {count} rows of {name!r}, the file ends before that or its lists are broken") from error
-    if not {"x", "y", "z"} <= set(found.get("vertex", ())):
-        raise ValueError(f"expected a vertex with x, y and z, found {', '.join(found.get('vertex', ())) or 'none'}")
-    faces = found.get("face", {})
-    vertices = [np.asarray(found["vertex"][axis], np.float64).reshape(-1) for axis in "xyz"]
-    return np.stack(vertices, 1), faces.get("vertex_indices", faces.get("vertex_index", ()))
+    vertex, face = found["vertex"], found["face"]
+    if not set("xyz") <= set(vertex):
+        raise ValueError(f"expected a vertex with x, y and z, found {', '.join(vertex) or 'none'}")
+    points = np.stack([np.asarray(vertex[axis], np.float64).reshape(-1) for axis in "xyz"], 1)
+    return points, face.get("vertex_indices", face.get("vertex_index", ()))
 
 
 READERS = {".npy": _read_npy, ".npz": _read_npz, ".ply": _read_ply, ".off": _read_off, ".obj": _read_obj, ".xyz": _read_text,
@@ -1647,7 +1622,7 @@ def sample_mesh(vertices, faces, num_points, seed=0):
     vertices (V, 3), faces: polygons of vertex indices, each cut into a fan of triangles -> (num_points, 3) float64.
     Raises ValueError where a face names a vertex that is not there, or the faces have no area.
     """
-    triangles = [(int(face[0]), int(face[i]), int(face[i + 1])) for face in faces for i in range(1, len(face) - 1)]
+    triangles = [(face[0], *edge) for face in faces for edge in zip(face[1:], face[2:])]
     corners = np.array(triangles, np.int64).reshape(-1, 3)
     if corners.size and not 0 <= corners.min() <= corners.max() < len(vertices):
         raise ValueError(f"the faces name vertices {corners.min()} to {corners.max()} (from 0), the mesh has {len(vertices)}")
@@ -1664,29 +1639,29 @@ def sample_mesh(vertices, faces, num_points, seed=0):
 
 
 def read_points(path):
-    """The points of a file of any of the forms in READERS, (n, 3) float64 as stored; a mesh gives MESH_POINTS of its surface.
+    """The points of a file, (n, 3) float64 as stored; a mesh gives MESH_POINTS of its surface.
 
-    Further columns and properties are ignored. Raises ValueError, one line that begins with the file's name, also where a
-    coordinate is not finite or all points are the same.
+    Raises ValueError, one line that begins with the file's name, also where a coordinate is not finite or all are the same.
     """
     path, kind = os.fspath(path), os.path.splitext(path)[1].lower()
-    if kind not in READERS or not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file" if kind in READERS else
-                         f"{path}: unknown extension {kind!r}, expected one of {' '.join(READERS)}")
     try:
+        if kind not in READERS:
+            raise ValueError(f"unknown extension {kind!r}, expected one of {' '.join(READERS)}")
+        if not os.path.isfile(path):
+            raise ValueError("no such file")
         with open(path, "rb") as file:
             points, faces = READERS[kind](file.read())
+        if points.ndim != 2 or not 3 <= points.shape[1] <= 64:
+            raise ValueError(f"expected an array of shape (n, 3), up to 64 columns, found {points.shape}")
         points = np.ascontiguousarray(points[:, :3], dtype=np.float64)
-        bad = int((~np.isfinite(points)).any(1).sum())
-        if bad:
-            raise ValueError(f"{bad} of {len(points)} points are NaN or infinite")
-        if len(points) == 0 or (points == points[0]).all():
-            raise ValueError(f"expected at least two different points, found {len(points)} at one place")
+        finite = np.isfinite(points).all(1)
+        if not finite.all():
+            raise ValueError(f"{(~finite).sum()} of {len(points)} points are NaN or infinite")
+        normalize(points)  # raises where all are the same
         return sample_mesh(points, faces, MESH_POINTS) if len(faces) else points
     except (ValueError, *BROKEN) as error:
         message = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
-            message = f"broken {kind} file ({message})"
+        message = message if isinstance(error, ValueError) else f"broken {kind} file ({message})"
         raise ValueError(f"{path}{', ' if message.startswith('line ') else ': '}{message}") from error
 
 
@@ -1707,14 +1682,12 @@ def read_cloud(path):
 
 def write_ply(path, xyz, colors=None):
     """xyz (N, 3), colors (N, 3) uint8 or None -> a binary little-endian .ply."""
-    names = ["x", "y", "z"] + (["red", "green", "blue"] if colors is not None else [])
-    rows = np.empty(len(xyz), [(name, "<f4" if name in "xyz" else "u1") for name in names])
-    for i, name in enumerate(names):
-        rows[name] = xyz[:, i] if i < 3 else colors[:, i - 3]
-    lines = [f"property {'float' if name in 'xyz' else 'uchar'} {name}" for name in names]
-    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(xyz)}", *lines, "end_header", ""]
+    names = ["float x", "float y", "float z"] + (["uchar red", "uchar green", "uchar blue"] if colors is not None else [])
+    rows = np.ascontiguousarray(xyz, "<f4").view(np.uint8)  # (N, 12): as bytes
+    rows = rows if colors is None else np.hstack([rows, colors])
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}", *map("property {}".format, names)]
     with whole_file(path) as file:
-        file.write("\n".join(head).encode() + rows.tobytes())
+        file.write("\n".join([*head, "end_header", ""]).encode() + rows.tobytes())
 
 
 def unit_sphere(xyz):
@@ -1743,25 +1716,23 @@ class Clouds:
         return self.points[self.offsets[i]:self.offsets[i + 1]]
 
     def to(self, device):
-        moved = {name: getattr(self, name) for name in ("points", "offsets", "labels", "parts")}
-        moved = {name: tensor.to(device) for name, tensor in moved.items() if tensor is not None}
+        moved = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **moved, largest=int(self.offsets.diff().max()))
 
     def draw(self, indices, num_points, generator=None):
         """A random `num_points` of each cloud, in random order and without repetition; a smaller cloud is repeated.
 
-        indices (B,) -> xyz (B, num_points, 3) float32, flat (B, num_points) int64 into points. Each draw is normalised anew:
-        sample first, then normalise. The generator is on the device of the points.
+        indices (B,) -> xyz (B, num_points, 3) float32, each draw normalised anew; flat (B, num_points) int64 into points.
+        The generator is on the device of the points.
         """
         indices = indices.to(self.offsets.device)
         start, size = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]  # (B,)
         # the batch's largest on a CPU; on a GPU the set's, known since it was moved there: nothing waits
         largest, order = self.largest or int(size.max()), []
-        position = torch.arange(largest, device=size.device)
         for rows in size.split(max(1, 2 ** 24 // largest)):  # one part, unless the keys would take more than 64 MiB
             keys = torch.rand(len(rows), largest, generator=generator, device=size.device)
-            keys.masked_fill_(position >= rows[:, None], 2)  # behind the cloud's end: after every real key
-            order.append(keys.topk(min(num_points, largest), largest=False).indices)
+            behind = torch.arange(largest, device=size.device) >= rows[:, None]  # the cloud's end: after every real key
+            order.append(keys.masked_fill_(behind, 2).topk(min(num_points, largest), largest=False).indices)
         turn = torch.arange(num_points, device=size.device) % size[:, None]  # (B, num_points)
         flat = start[:, None] + torch.cat(order).gather(1, turn)
         xyz = self.points[flat]
@@ -1770,21 +1741,18 @@ class Clouds:
 
 def _list_clouds(root):
     """A folder -> (the folder its names start from, [(split: 0 train, 1 test, 2 neither; class or None; name)] in order)."""
-    entries = []
     for base, lists in ((".", "ShapeNet-55"), (".", "."), ("..", "."), ("ShapeNet55-34", "ShapeNet55-34/ShapeNet-55")):
-        base, lists = os.path.join(root, base), os.path.join(root, lists)
-        if os.path.isfile(os.path.join(lists, "train.txt")) and os.path.isdir(os.path.join(base, "shapenet_pc")):
-            for split, name in enumerate(("train.txt", "test.txt")):
-                with open(os.path.join(lists, name), encoding="utf-8") as file:
-                    entries += [(split, cloud.split("-")[0], cloud) for cloud in sorted(file.read().split())]
-            return os.path.join(base, "shapenet_pc"), entries
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = [] if folder == root else os.path.relpath(folder, root).split(os.sep)
-        split = 0 if "train" in inside else 1 if "test" in inside else 2
-        label = next((name for name in inside if name not in ("train", "test")), None)
-        entries += [(split, label, "/".join([*inside, name])) for name in files
-                    if not name.startswith(".") and os.path.splitext(name)[1].lower() in READERS]
+        lists = [root / lists / name for name in ("train.txt", "test.txt")]
+        if lists[0].is_file() and (root / base / "shapenet_pc").is_dir():
+            names = [sorted(path.read_text("utf-8").split()) for path in lists]
+            return root / base / "shapenet_pc", [(i, name.split("-")[0], name) for i in (0, 1) for name in names[i]]
+    entries = []
+    for path in root.rglob("*"):
+        inside = path.relative_to(root).parts
+        if path.suffix.lower() in READERS and not any(name.startswith(".") for name in inside) and path.is_file():
+            split = 0 if "train" in inside[:-1] else 1 if "test" in inside[:-1] else 2
+            label = next((name for name in inside[:-1] if name not in ("train", "test")), None)
+            entries.append((split, label, "/".join(inside)))
     if all(split == 2 for split, _, _ in entries):  # no split of its own: a fifth, by a hash of the names, is for testing
         entries.sort(key=lambda entry: hashlib.sha256(entry[2].encode()).digest())
         entries = [(int(i < max(1, len(entries) // 5)), *entry[1:]) for i, entry in enumerate(entries)]
@@ -1803,25 +1771,22 @@ def cached_points(root, names, cache):
         cache = root if os.access(root, os.W_OK) else os.path.join(tempfile.gettempdir(), f"act-cache-{os.getuid()}")
     os.makedirs(cache, exist_ok=True)
     path = os.path.join(cache, f".act-cache-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
-    for _ in range(2):
-        size = os.path.getsize(path) - 8 * (len(names) + 1) if os.path.isfile(path) else -1
-        if size >= 0:
-            offsets = np.fromfile(path, np.int64, offset=size)
-            if offsets[0] == 0 and (np.diff(offsets) > 0).all() and size == 12 * int(offsets[-1]):
-                # mode "c" is private to this process, and writable, as torch wants it
-                return np.memmap(path, np.float32, "c", shape=(int(offsets[-1]), 3)), offsets
+    size = os.path.getsize(path) - 8 * (len(names) + 1) if os.path.isfile(path) else -1
+    offsets = np.fromfile(path, np.int64, offset=size) if size >= 0 else np.zeros(2, np.int64)
+    if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or size != 12 * int(offsets[-1]):
         print(f"reading {len(names)} clouds into {path}, once", file=sys.stderr)
+        offsets = np.zeros(len(names) + 1, np.int64)
         with whole_file(path) as file:
-            offsets = [0]
-            for name in names:
+            for i, name in enumerate(names):
                 points = read_cloud(os.path.join(root, name))
                 if len(points) > CACHE_POINTS:
                     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
                     points = points[rng.choice(len(points), CACHE_POINTS, replace=False)]
                 file.write(points.tobytes())
-                offsets.append(offsets[-1] + len(points))
-            file.write(np.array(offsets, np.int64).tobytes())
-    raise OSError(f"{path}: written, but not there as written")
+                offsets[i + 1] = offsets[i] + len(points)
+            file.write(offsets.tobytes())
+    # mode "c" is private to this process, and writable, as torch wants it
+    return np.memmap(path, np.float32, "c", shape=(int(offsets[-1]), 3)), offsets
 
 
 def open_clouds(path, split=None, cache=None):
@@ -1831,23 +1796,26 @@ def open_clouds(path, split=None, cache=None):
     split: "train", "test" or None for everything. The cache lies in `cache`, else in the folder itself, else, if that
     cannot be written, in the system's temporary folder; it keeps a random CACHE_POINTS of a larger cloud.
     """
-    path, splits = os.fspath(path), {None: (0, 1, 2), "train": (0,), "test": (1,)}
+    splits = {None: (0, 1, 2), "train": (0,), "test": (1,)}
     if split not in splits:
         raise ValueError(f"split must be 'train', 'test' or None, found {split!r}")
     if not os.path.isdir(path):
         raise ValueError(f"{path}: no such folder")
-    root, entries = _list_clouds(path)
-    missing = [name for _, _, name in entries if not os.path.isfile(os.path.join(root, name))]
+    root, entries = _list_clouds(Path(path))
+    missing = [name for _, _, name in entries if not (root / name).is_file()]
+    if missing:
+        raise ValueError(f"{root}: {missing[0]} is listed, but not there")
     chosen = [i for i, entry in enumerate(entries) if entry[0] in splits[split]]
-    if missing or not chosen:
-        raise ValueError(f"{root}: {missing[0]} is listed, but not there" if missing else f"{path}: no clouds"
-                         + (f" for {split!r} among its {len(entries)}" if entries else f", expected files {' '.join(READERS)}"))
+    if not chosen:
+        found = f" for {split!r} among its {len(entries)}" if entries else f", expected files {' '.join(READERS)}"
+        raise ValueError(f"{path}: no clouds{found}")
     points, offsets = cached_points(root, [name for _, _, name in entries], cache)
-    offsets = offsets[chosen[0]:chosen[-1] + 2]  # they are in the order of the splits: the chosen ones are neighbours
+    first, end = chosen[0], chosen[-1] + 1  # they are in the order of the splits: the chosen ones are neighbours
+    points, offsets = points[offsets[first]:offsets[end]], offsets[first:end + 1] - offsets[first]
     classes = sorted({label for _, label, _ in entries}) if all(label for _, label, _ in entries) else []
-    labels = torch.tensor([classes.index(entries[i][1]) for i in chosen]) if classes else None
-    return Clouds(torch.from_numpy(points[offsets[0]:offsets[-1]]), torch.from_numpy(offsets - offsets[0]),
-                  [entries[i][2] for i in chosen], labels, classes)
+    _, labels, names = zip(*entries[first:end])
+    labels = torch.tensor([classes.index(label) for label in labels]) if classes else None
+    return Clouds(torch.from_numpy(points), torch.from_numpy(offsets), list(names), labels, classes)
 
 
 def _surface(kind, size, n, rng):
@@ -1855,7 +1823,7 @@ def _surface(kind, size, n, rng):
     kind, _, axis = kind.partition("_")
     order = {"": [0, 1, 2], "x": [1, 0, 2], "z": [0, 2, 1]}[axis]
     size, t, turn = np.array(size)[order], rng.uniform(-1, 1, n), rng.uniform(0, 2 * np.pi, n)
-    ring = np.stack([np.cos(turn), np.zeros(n), np.sin(turn)], 1)
+    ring = np.stack([np.cos(turn), np.sin(turn)])
     if kind == "box":
         points, share = rng.uniform(-1, 1, (n, 3)), np.cumsum(1 / size)  # a face's area goes as 1 / its distance
         points[np.arange(n), np.searchsorted(share[:2] / share[2], rng.random(n))] = np.sign(t)
@@ -1868,11 +1836,8 @@ def _surface(kind, size, n, rng):
         cap, top = rng.random(n) < size[0] / (size[0] + 2 * size[1]), {"cylinder": 1, "shade": 0.5}.get(kind, 0)
         height = np.where(cap, np.sign(t), t)
         radius = (1 + (top - 1) * (height + 1) / 2) * np.where(cap, np.sqrt(rng.random(n)), 1)
-        if kind == "pyramid":
-            ring /= np.abs(ring).max(1, keepdims=True)
-    points = radius[:, None] * ring
-    points[:, 1] = height
-    return (points * size)[:, order]
+        ring /= np.abs(ring).max(0) if kind == "pyramid" else 1
+    return (np.stack([radius * ring[0], height, radius * ring[1]], 1) * size)[:, order]
 
 
 def _shapes(w, h, d, t, p, q):
@@ -1881,12 +1846,9 @@ def _shapes(w, h, d, t, p, q):
     legs = [(x, z) for x in (-1, 1) for z in (-1, 1)]
     o, r, s = (0, 0, 0), w * (0.4 + 0.6 * p), 0.2 + 0.3 * p
     return {
-        "sphere": [(0, "sphere", o, (w, w * (0.8 + 0.4 * p), w))],
-        "ellipsoid": [(0, "sphere", o, (w, h, d))],
-        "box": [(0, "box", o, (w, h, d * p + t))],
-        "cylinder": [(0, "cylinder", o, (r, h, r))],
-        "cone": [(0, "cone" if q > 0.3 else "shade", o, (r, h, r))],
-        "pyramid": [(0, "pyramid", o, (w, h, d))],
+        "sphere": [(0, "sphere", o, (w, w * (0.8 + 0.4 * p), w))], "ellipsoid": [(0, "sphere", o, (w, h, d))],
+        "box": [(0, "box", o, (w, h, d * p + t))], "cylinder": [(0, "cylinder", o, (r, h, r))],
+        "cone": [(0, "cone" if q > 0.3 else "shade", o, (r, h, r))], "pyramid": [(0, "pyramid", o, (w, h, d))],
         "torus": [(0, "torus", o, (w, w * s * 0.7, w))],
         "capsule": [(0, "cylinder", o, (r, h, r)), (1, "sphere", (0, h, 0), (r, r, r)), (1, "sphere", (0, -h, 0), (r, r, r))],
         "table": [(0, "box" if q > 0.3 else "cylinder", o, (w, t, d)),
@@ -1927,8 +1889,8 @@ def synthetic_cloud(name, num_points, rng):
     # a primitive's share of the points: its area, somewhat levelled so that small parts show, times a random density
     share = (sizes * np.roll(sizes, 1, 1)).sum(1) ** 0.75 * np.exp(0.4 * rng.normal(size=len(sizes)))
     counts = rng.multinomial(num_points, share / share.sum())
-    points = [np.array(centre) + _surface(kind, size, n, rng) for n, (_, kind, centre, size) in zip(counts, primitives)]
-    return np.concatenate(points), np.repeat([part for part, _, _, _ in primitives], counts)
+    points = [centre + _surface(kind, size, n, rng) for n, (_, kind, centre, size) in zip(counts, primitives)]
+    return np.concatenate(points), np.repeat([part for part, *_ in primitives], counts)
 
 
 def synthetic_clouds(num_per_class, seed=0, num_points=2048):
@@ -1945,8 +1907,8 @@ def synthetic_clouds(num_per_class, seed=0, num_points=2048):
         rng = np.random.default_rng([seed, c, i])
         xyz, part = synthetic_cloud(list(shapes)[c], 2 * num_points, rng)
         turn, tilt, side = rng.uniform(-np.pi, np.pi), rng.uniform(0, np.pi / 12), rng.normal(size=3)
-        xyz[:, [0, 2]] = xyz[:, [0, 2]] @ [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
-        xyz[:, [0, 1]] = xyz[:, [0, 1]] @ [[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]]
+        for axes, angle in (([0, 2], turn), ([0, 1], tilt)):
+            xyz[:, axes] = xyz[:, axes] @ [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
         depth = normalize(xyz) @ (side / np.linalg.norm(side))
         keys = rng.exponential(size=len(xyz)) * np.exp(rng.uniform(0, 1.5) * depth)  # small keys stay: thinner with depth
         if rng.random() < 0.5:
@@ -1954,9 +1916,8 @@ def synthetic_clouds(num_per_class, seed=0, num_points=2048):
         keep = np.argpartition(keys, num_points)[:num_points]
         xyz = normalize(xyz[keep])
         points[c, i], parts[c, i] = normalize(xyz + 0.02 * rng.normal(size=xyz.shape)), ends[c] + part[keep]
-    sizes = np.arange(points.shape[0] * num_per_class + 1) * num_points
     names = [f"{name}_{i:04d}" for name in shapes for i in range(num_per_class)]
-    return Clouds(torch.from_numpy(points).reshape(-1, 3), torch.from_numpy(sizes), names,
+    return Clouds(torch.from_numpy(points).reshape(-1, 3), torch.arange(len(names) + 1) * num_points, names,
                   torch.arange(len(shapes)).repeat_interleave(num_per_class), list(shapes), torch.from_numpy(parts).reshape(-1),
                   list(zip(ends[:-1].tolist(), ends[1:].tolist())))
 
@@ -2422,10 +2383,10 @@ def draw_text(image, x, y, text, color=INK, scale=2, align=0.0, width=math.inf):
 
 
 def render(xyz, colors=None, size=320, radius=1.05):
-    """A cloud as shaded discs on white, y up, seen from 35 degrees to the side and 20 above -> (size, size, 3) uint8.
+    """A cloud (N, 3) as shaded discs on white, y up, seen from 35 degrees to the side and 20 above -> (size, size, 3) uint8.
 
-    xyz: (N, 3); colors: (N, 3) in 0..1, by height if not given. The frame holds the ball of `radius` about the origin
-    whatever the cloud, so that renders compare. Points that are not finite are left out.
+    colors: (N, 3) in 0..1, by height if not given. The frame holds the ball of `radius` about the origin whatever the
+    cloud, so that renders compare. Points that are not finite are left out.
     """
     xyz = np.asarray(xyz, dtype=np.float64)
     height = np.clip(0.5 + xyz[:, 1:2] / radius / 2, 0, 1)
@@ -2437,19 +2398,18 @@ def render(xyz, colors=None, size=320, radius=1.05):
     zoom = 0.97 * S * 2 / np.maximum(4 * radius - depth, radius)  # mild perspective, from 4 radii away
     row, column = [np.rint(np.clip(S / 2 + v * zoom, -S, 2 * S)).astype(int)[:, None] for v in (-y, x)]
     disc = min(max(0.52 * S / math.sqrt(len(xyz) + 1), 1.5), 0.02 * S)  # its radius: the more points, the smaller
-    reach = np.arange(-int(disc), int(disc) + 1)
-    dy, dx = np.argwhere(np.hypot(reach[:, None], reach) <= disc).T - int(disc)  # the pixels of a disc
-    owner = np.full(S * S, -1)  # which pixel of which disc is seen: far to near, the nearer hides the farther
-    for part in np.array_split(np.argsort(depth, kind="stable"), len(xyz) // 2**16 + 1):  # parts bound the memory
+    reach = int(disc)
+    dy, dx = (np.argwhere(np.hypot(*np.mgrid[-reach:reach + 1, -reach:reach + 1]) <= disc) - reach).T  # its pixels
+    ball = 0.8 * np.sqrt(1 - (dx**2 + dy**2) / disc**2) - (0.35 * dx + 0.5 * dy) / disc  # lit from the upper left
+    light = 0.62 + 0.38 * np.clip(ball, 0, 1)[:, None]
+    fade = 0.45 + 0.55 * np.clip(0.5 + depth / radius / 2, 0, 1)[:, None, None]  # the far side fades into the white
+    colors = np.clip(colors, 0, 1)[:, None]
+    canvas = np.ones((S, S, 3), np.float32)
+    # far to near, the nearer hides the farther; parts bound the memory
+    for part in np.array_split(np.argsort(depth, kind="stable"), len(xyz) // 2**16 + 1):
         rows, columns = row[part] + dy, column[part] + dx  # (n, pixels)
         inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)
-        owner[(rows * S + columns)[inside]] = (part[:, None] * len(dx) + np.arange(len(dx)))[inside]
-    point, pixel = np.divmod(owner[owner >= 0], len(dx))
-    ball = 0.8 * np.sqrt(1 - (dx**2 + dy**2) / disc**2) - (0.35 * dx + 0.5 * dy) / disc  # lit from the upper left
-    light = 0.62 + 0.38 * np.clip(ball, 0, 1)[pixel, None]
-    fade = 0.45 + 0.55 * np.clip(0.5 + depth / radius / 2, 0, 1)[point, None]  # the far side fades into the white
-    canvas = np.ones((S * S, 3), np.float32)
-    canvas[owner >= 0] = np.clip(colors[point], 0, 1) * light * fade + 1 - fade
+        canvas[rows[inside], columns[inside]] = (colors[part] * light * fade[part] + 1 - fade[part])[inside]
     return (255 * canvas.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))).round().astype(np.uint8)
 
 
@@ -2505,8 +2465,8 @@ def plot_lines(curves, title="", xlabel="", ylabel="", size=(640, 400)):
     W, H = size
     lines = [np.array([[*x, np.nan], [*y, np.nan]], dtype=np.float64) for x, y in curves.values()]  # (2, K), never empty
     lines = [np.where(np.isfinite(xy).all(axis=0), xy, np.nan) for xy in lines]
-    every = np.hstack([*lines, np.full((2, 1), np.nan)])
-    every = every[:, ~np.isnan(every[0])] if np.isfinite(every).any() else np.eye(2)
+    every = np.hstack([np.empty((2, 0)), *(xy[:, ~np.isnan(xy[0])] for xy in lines)])
+    every = every if every.size else np.eye(2)
     log = 0 < 100 * every[1].min() < every[1].max()
     for xy in (every, *lines) if log else ():
         xy[1] = np.log10(xy[1])
