@@ -1942,18 +1942,18 @@ def rotate_y(xyz, generator=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def flag(default, help, paper=None, choices=None, group="run"):
-    """A dataclass field that is also a command-line flag; `paper` is the published value, shown by --help."""
-    return field(default=default, metadata=dict(help=help, paper=paper, choices=choices, group=group))
+    """A dataclass field that is also a flag of the default's type; `paper`: the published value, shown by --help."""
+    said = f"{help} (default: {default!r}{'' if paper is None else f'; the paper: {paper}'})".replace("%", "%%")
+    kind = dict(action="store_true") if default is False else dict(type=type(default), choices=choices)
+    return field(default=default, metadata=dict(group=group, options=dict(default=default, help=said, **kind)))
 
 
 @dataclass
 class RunConfig:
     """The flags that every script has; a script's own dataclass adds to them."""
-    data: str = flag("synthetic", "'synthetic' (embedded shapes, made in memory) or the path of a data set", "ShapeNet-55",
-                     group="data")
-    cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds (default: beside the data)", group="data")
-    size: str = flag("auto", "model size; base is the paper's; auto: base on a GPU, tiny on a CPU", "base",
-                     ("auto", "tiny", "small", "base"), group="model")
+    data: str = flag("synthetic", "'synthetic' (embedded shapes) or the path of a data set", "ShapeNet-55", group="data")
+    cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds; '': beside the data", group="data")
+    size: str = flag("auto", "auto: base on a GPU, tiny on a CPU", "base", ("auto", "tiny", "small", "base"), group="model")
     out: str = flag("runs/run", "folder of the run's checkpoint, log, configuration and pictures")
     points: int = flag(0, "points drawn from a cloud; 0: the size's default", 1024, group="data")
     epochs: int = flag(0, "passes over the data; 0: the size's default", 300, group="training")
@@ -1970,18 +1970,18 @@ class RunConfig:
 
 
 def parse_flags(config_class, description, argv=None):
-    """An instance of the dataclass from the command line; an unknown, abbreviated or unfit flag ends with one line, code 2."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: sys.exit(fail(message))
+    """An instance of the dataclass from the command line; an unknown, abbreviated or unfit flag is a ValueError."""
+    def refuse(message):
+        raise ValueError(message)
+
+    layout = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=layout)
+    parser.error = refuse
     groups = {}
     for f in fields(config_class):
-        meta, name = f.metadata, "--" + f.name.replace("_", "-")
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        paper = f"; the paper: {meta['paper']}" if meta["paper"] is not None else ""
-        said = f"{meta['help']} (default: {f.default!r}{paper})"
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=meta["choices"], metavar=f.name.upper())
-        groups[meta["group"]].add_argument(name, dest=f.name, default=f.default, help=said.replace("%", "%%"), **kind)
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        groups[group].add_argument("--" + f.name.replace("_", "-"), **f.metadata["options"])
     config = config_class(**vars(parser.parse_args(argv)))
     for name in ("points", "epochs", "steps", "batch_size", "lr", "save_minutes", "log_every"):
         if not 0 <= getattr(config, name) < math.inf:
@@ -1989,45 +1989,43 @@ def parse_flags(config_class, description, argv=None):
     return config
 
 
-def fail(message):
-    """Prints a user's mistake as one line -> exit code 2."""
-    rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
-    return 2
-
-
 def run_script(main):
     """Runs a script's main: a user's mistake is one line and exit code 2, never a traceback."""
+    mistake = None
     try:
         main()
-        code = 0
-    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
-        if os.environ.get("ACT_DEBUG"):
-            raise
-        advice = ": lower --batch-size" if isinstance(error, torch.cuda.OutOfMemoryError) else ""
-        code = fail(" ".join(str(error).split()) + advice)
+    except (ValueError, OSError) as error:
+        mistake = str(error)
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            mistake = f"{error}: lower --batch-size"
+        elif re.search("Connection (closed|reset) by peer", str(error)):
+            mistake = "another process ended"
+        else:
             raise
-        code = fail("another process ended")
-    if torch.distributed.is_initialized() and code == 0:
+    if mistake is not None:
+        process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"error{process}: {' '.join(mistake.split())}", file=sys.stderr, flush=True)
+    if torch.distributed.is_initialized():
+        if mistake is not None:
+            os._exit(2)  # the peers may hang in a collective
         torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(code) if code and torch.distributed.is_initialized() else sys.exit(code)  # peers may hang in a collective
+    sys.exit(0 if mistake is None else 2)
 
 
 def start_processes(config):
     """(device, rank, number of processes), as torchrun set them up; one process without it. Seeds everything."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not torch.cuda.is_available()):
-        reason = "no GPU here" if device.startswith("cuda") else "wanted auto, cpu, cuda or cuda:N"
-        raise ValueError(f"--device {config.device}: {reason}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no GPU here")
+    if device == "cuda":
+        device += f":{os.environ.get('LOCAL_RANK', 0)}"
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if device.startswith("cuda"):
+        torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    if device != "cpu":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.seed)
@@ -2055,12 +2053,12 @@ def learning_rate(step, total, peak, end, warmup, start=1e-6):
 
 def adamw(model, lr, weight_decay):
     """AdamW without decay on one-dimensional parameters, biases and names holding "token" (Sec. 4, as published)."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    still = [p for name, p in trained if p.ndim <= 1 or name.endswith("bias") or "token" in name]
-    ids = {id(p) for p in still}
-    groups = [dict(params=[p for _, p in trained if id(p) not in ids], weight_decay=weight_decay),
-              dict(params=still, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+    decayed, spared = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (spared if p.ndim <= 1 or name.endswith("bias") or "token" in name else decayed).append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 class Run:
@@ -2069,60 +2067,53 @@ class Run:
     All that a step draws comes from seeds made of (seed, step), so that a resumed run goes on bit for bit, in the middle of
     an epoch too, and every process draws the same batch and takes its share of it.
     """
-    HARMLESS = {"out", "resume", "save_minutes", "log_every", "cache", "data", "device", "compile", "vote", "predict", "features",
-                "category"}
+    HARMLESS = set("out resume save_minutes log_every cache data device compile vote predict features category".split())
 
     def __init__(self, config, model, clouds, weight_decay, clip=math.inf, extra=None):
         self.config, self.model, self.clip, self.extra = config, model, clip, dict(extra or {})
-        self.device, self.rank = next(model.parameters()).device, int(os.environ.get("RANK", 0))
-        self.world, self.names = int(os.environ.get("WORLD_SIZE", 1)), clouds.names
-        self.batch = min(config.batch_size, len(clouds))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.names, self.out = next(model.parameters()).device, clouds.names, Path(config.out)
+        self.checkpoint, self.log = self.out / "last.pt", self.out / "metrics.jsonl"
+        self.digest = hashlib.sha256("\n".join(clouds.names).encode()).hexdigest()[:16]
         check_distinct(clouds, model.config.num_group)
+        self.batch = min(config.batch_size, len(clouds))
         if self.batch < self.world:
             raise ValueError(f"--batch-size {self.batch} is less than the {self.world} processes")
         self.per_epoch = len(clouds) // self.batch  # the last, smaller batch is dropped, unless it is the only one
         self.total = config.steps or config.epochs * self.per_epoch
-        self.step, self.sums, self.seconds, self.out = 0, {}, 0.0, Path(config.out)
+        self.step, self.sums, self.seconds = 0, {}, 0.0
         self.optimizer = adamw(model, config.lr, weight_decay)
-        self.digest = hashlib.sha256("\n".join(clouds.names).encode()).hexdigest()[:16]
-        self.net = model
-        if self.world > 1:
-            self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
         if config.compile:
             compile_blocks(model)
         self._open()
 
     def _open(self):
-        """The folder, checked to be writable; an earlier run's files are set aside, or taken up with --resume."""
+        """The folder: with --resume an earlier run in it is taken up, else its files are set aside."""
+        resume = self.config.resume and self.checkpoint.exists()
+        if resume:
+            self._resume()
+        if self.rank:
+            return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.out):
-                pass
-        except OSError as error:
-            raise ValueError(f"--out {self.out}: cannot be written ({error.strerror})") from error
-        self.checkpoint, self.log = self.out / "last.pt", self.out / "metrics.jsonl"
-        if self.config.resume and self.checkpoint.exists():
-            self._resume()
-        elif self.rank == 0:
-            earlier = [p for p in (self.checkpoint, self.log, self.out / "config.json", *self.out.glob("*.png"),
-                                   *self.out.glob("*.ply")) if p.exists()]
+            ours = () if resume else ("last.pt", "metrics.jsonl", "config.json", "*.png", "*.ply")
+            earlier = [path for name in ours for path in self.out.glob(name)]
             if earlier:
                 aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
                 aside.mkdir(exist_ok=True)
                 for path in earlier:
                     path.rename(aside / path.name)
                 say(f"the earlier run in {self.out} is now in {aside}")
-            self.log.touch()
-        if self.rank == 0:
             with whole_file(self.out / "config.json") as file:
                 file.write(json.dumps({**asdict(self.config), "model": asdict(self.model.config)}, indent=1).encode())
+        except OSError as error:
+            raise ValueError(f"--out {self.out}: cannot be written ({error.strerror})") from error
 
     def _resume(self):
-        state = read_tensors(self.checkpoint)
-        for key in ("settings", "model", "optimizer", "step"):
-            if key not in state:
-                raise ValueError(f"{self.checkpoint}: has no {key!r}, wanted a checkpoint of a training run")
-        now = asdict(self.config)
+        state, now = read_tensors(self.checkpoint), asdict(self.config)
+        if not {"settings", "model", "optimizer", "step"} <= set(state):
+            raise ValueError(f"{self.checkpoint}: wanted a checkpoint of a training run")
         changed = [f"--{k.replace('_', '-')} was {v!r}, is {now.get(k)!r}" for k, v in state["settings"].items()
                    if k not in self.HARMLESS and now.get(k) != v]
         if state["clouds"] != self.digest:
@@ -2133,145 +2124,121 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         self.step, self.sums, self.seconds, self.extra = state["step"], state["sums"], state["seconds"], state["extra"]
-        kept = [line for line in self.log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step
-                ] if self.log.exists() else []
-        if self.rank == 0:
+        if self.rank == 0 and self.log.exists():
+            rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
+            rows = [row for row in rows if row["step"] <= self.step and "loss" in row]  # the closing figures are made anew
             with whole_file(self.log) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
+                file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
         say(f"resumed {self.checkpoint} at step {self.step}")
 
     def save(self):
-        if self.rank:
-            return
-        save({"kind": type(self.model).__name__, "config": asdict(self.model.config), "model": self.model.state_dict(),
-              "optimizer": self.optimizer.state_dict(), "step": self.step, "epoch": self.step // self.per_epoch,
-              "random": torch.get_rng_state(), "settings": asdict(self.config), "clouds": self.digest, "sums": self.sums,
-              "seconds": self.seconds, "extra": self.extra,
-              "versions": {"torch": str(torch.__version__), "numpy": np.__version__}},
-             self.checkpoint)
-
-    def epoch(self):
-        """The epoch that the last step belongs to, from 1."""
-        return -(-self.step // self.per_epoch)
+        if self.rank == 0:
+            save({"kind": type(self.model).__name__, "config": asdict(self.model.config), "model": self.model.state_dict(),
+                  "optimizer": self.optimizer.state_dict(), "settings": asdict(self.config), "clouds": self.digest,
+                  "step": self.step, "epoch": self.step // self.per_epoch, "random": torch.get_rng_state(),
+                  "sums": self.sums, "seconds": self.seconds, "extra": self.extra,
+                  "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}, self.checkpoint)
 
     def record(self, **values):
         """Appends one object to metrics.jsonl; figures that are not finite become null."""
         if self.rank == 0:
-            values = {"epoch": self.epoch(), "step": self.step, "seconds": round(self.seconds, 2), **values}
+            epoch = -(-self.step // self.per_epoch)  # the one that the last step belongs to, from 1
+            values = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 2), **values}
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with open(self.log, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def indices(self, step):
-        """The clouds of a step: each epoch is a new order of all of them."""
-        epoch, position = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.names), generator=seeded("cpu", self.config.seed, "order", epoch))
-        return order[position * self.batch : (position + 1) * self.batch]
-
     def train(self, schedule, loss, finish_epoch=lambda epoch: {}):
         """The loop. schedule(step) -> {"lr": …, further numbers handed to the loss and logged}.
 
-        loss(net, step, indices (B,), generator, share, **schedule) -> (loss, {name: scalar tensor}): the mean over the clouds
+        loss(net, step, indices (B,), generator, share, **numbers) -> (loss, {name: scalar tensor}): means over the clouds
         `share` (a slice) of the batch; draws made from the generator are for the whole batch.
         """
-        stop = []
+        stop, order, seed = [], None, self.config.seed
         handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-        share = slice(self.rank, None, self.world)
-        weight = len(range(self.batch)[share]) * self.world / self.batch  # DDP averages over processes, not over clouds
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        bf16 = self.config.precision == "bf16"
-        began = saved = time.monotonic()
-        earlier = self.seconds
+        began, saved = time.monotonic() - self.seconds, time.monotonic()
         self.model.train()
         while self.step < self.total:
+            epoch, position = divmod(self.step, self.per_epoch)
+            if order is None or position == 0:  # each epoch takes all clouds, in a new order
+                order = torch.randperm(len(self.names), generator=seeded("cpu", seed, "order", epoch)).split(self.batch)
             numbers = schedule(self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = numbers["lr"]
-            indices = self.indices(self.step)
-            seed = seeded("cpu", self.config.seed, "noise", self.step, self.rank).initial_seed()
-            torch.manual_seed(seed)  # dropout, drop path, Gumbel: different on every process
-            generator = seeded(self.device, self.config.seed, "batch", self.step)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                further = {k: v for k, v in numbers.items() if k != "lr"}
-                value, parts = loss(self.net, self.step, indices, generator, share, **further)
-            self.optimizer.zero_grad(set_to_none=True)
-            (value * weight).backward()
-            norm = nn.utils.clip_grad_norm_(trained, self.clip)
-            if self.device.type == "cpu":  # on a GPU the check waits for the next line of the log
-                self._check(value, indices)
-            self.optimizer.step()
-            self.step += 1
-            self._add({"loss": value, **parts, "grad_norm": norm}, weight)
-            self.seconds = earlier + time.monotonic() - began
-            ends = self.step % self.per_epoch == 0 or self.step == self.total
-            if self.config.log_every and self.step % self.config.log_every == 0 and not ends:
-                self.record(**{**self._means(), **numbers})
-            self._progress()
+            self._update(loss, order[position], **numbers)
+            self.seconds = time.monotonic() - began
+            ends = position + 1 == self.per_epoch or self.step == self.total
+            stopped, late = self._agree(ends, bool(stop), time.monotonic() - saved > 60 * self.config.save_minutes)
+            saves, logs = ends or stopped or late, ends or self.step % (self.config.log_every or math.inf) == 0
+            self._progress(hidden=ends or stopped)
+            if saves or logs or self.device.type == "cpu":  # all that waits for a GPU
+                means = {**self._means(order[position]), **numbers}
             if ends:
-                means = self._means()
-                self._check(torch.tensor(means["loss"]), indices)
                 self.sums = {}
-                means.update(numbers, **finish_epoch(self.epoch()))
+                means.update(finish_epoch(epoch + 1))
                 self.model.train()
-                self.record(**means)
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, (int, float)))
-                say(f"{self._clear()}epoch {self.epoch()}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
-            ask = ends or self.world == 1 or self.step % 16 == 0  # many processes have to agree, which waits for all
-            stopped = ask and self._any(bool(stop))
-            if ends or stopped or ask and self._any(time.monotonic() - saved > 60 * self.config.save_minutes):
-                if self.device.type != "cpu":
-                    self._check(torch.tensor(self._means().get("loss", 0.0)), indices)
+                say(f"epoch {epoch + 1}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
+            if logs:
+                self.record(**means)
+            if saves:
                 self.save()
                 saved = time.monotonic()
             if stopped and self.step < self.total:
-                say(f"{self._clear()}stopped at step {self.step} of {self.total}; the same command with --resume goes on "
-                    f"from {self.checkpoint}")
+                say(f"stopped at step {self.step} of {self.total}; "
+                    f"the same command with --resume goes on from {self.checkpoint}")
                 sys.exit(128 + stop[0] if stop else 143)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         self.model.eval()
 
-    def _any(self, condition):
-        """Whether it holds in any process, so that all act alike."""
+    def _update(self, loss, indices, lr, **numbers):
+        """One step of the optimizer, on this process's share of the clouds; adds to the epoch's sums, waits for nothing."""
+        share, seed = slice(self.rank, None, self.world), self.config.seed
+        weight = len(indices[share]) / len(indices)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # dropout, drop path, Gumbel noise: different on every process
+        torch.manual_seed(seeded("cpu", seed, "noise", self.step, self.rank).initial_seed())
+        generator = seeded(self.device, seed, "batch", self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            value, parts = loss(self.net, self.step, indices, generator, share, **numbers)
+        self.optimizer.zero_grad()
+        (value * (weight * self.world)).backward()  # DDP averages over processes, not over clouds
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.step += 1
+        for name, tensor in {"loss": value, **parts, "grad_norm": norm}.items():
+            self.sums[name] = self.sums.get(name, 0) + weight * tensor.detach().double()
+
+    def _agree(self, now, *conditions):
+        """Whether each condition holds in any process; asked `now`, else at every 16th step, since all wait for all."""
         if self.world == 1:
-            return condition
-        flag = torch.tensor(int(condition), device=self.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+            return conditions
+        if not now and self.step % 16:
+            return [False] * len(conditions)
+        flags = torch.tensor(conditions, dtype=torch.int, device=self.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return flags.bool().tolist()
 
-    def _add(self, values, weight):
-        """Sums for the means of an epoch, on the device: nothing waits for a GPU here."""
-        for name, value in values.items():
-            value = torch.as_tensor(value, device=self.device).detach().double()
-            total, count = self.sums.get(name, (0.0, 0))
-            share = 1.0 if name == "grad_norm" else weight / self.world
-            self.sums[name] = (total + value * share, count + 1)
-
-    def _means(self):
-        sums = {name: total / count for name, (total, count) in self.sums.items()}
-        if self.world > 1 and sums:
-            flat = torch.stack([sums[name] for name in sorted(sums)])
-            torch.distributed.all_reduce(flat)
-            sums = {name: v / (self.world if name == "grad_norm" else 1) for name, v in zip(sorted(sums), flat)}
-        return {name: float(value) for name, value in sums.items()}
-
-    def _check(self, value, indices):
-        if not torch.isfinite(value):
-            names = ", ".join(self.names[i] for i in indices[:5].tolist())
+    def _means(self, indices):
+        """Means of the epoch so far over all processes' clouds. Raises ValueError if the loss is not finite."""
+        sums = torch.stack(list(self.sums.values())) / ((self.step - 1) % self.per_epoch + 1)
+        if self.world > 1:
+            torch.distributed.all_reduce(sums)
+        means = dict(zip(self.sums, sums.tolist()))
+        if not math.isfinite(means["loss"]):
+            names = ", ".join(self.names[i] for i in indices[:5])
             kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
-            raise ValueError(f"the loss is not finite at step {self.step} (clouds {names}, …): lower --lr, or --precision fp32; "
-                             f"{kept}")
+            raise ValueError(f"the loss is not finite at step {self.step - 1} (clouds {names}, …): "
+                             f"lower --lr, or --precision fp32; {kept}")
+        return means
 
-    def _progress(self):
+    def _progress(self, hidden):
+        """On a terminal a bar with rate and time left, `hidden` where a line follows."""
         if self.rank == 0 and sys.stdout.isatty():
-            rate = self.step * self.batch / max(1e-9, self.seconds)
-            left = (self.total - self.step) * self.batch / rate
-            done = round(20 * self.step / self.total)
-            print(f"\r\033[K[{'#' * done}{'.' * (20 - done)}] step {self.step}/{self.total}  {rate:.1f} clouds/s  "
-                  f"{int(left // 60)}:{int(left % 60):02d} left", end="", flush=True)
-
-    def _clear(self):
-        return "\r\033[K" if sys.stdout.isatty() else ""
+            rate, left = self.step * self.batch / self.seconds, int(self.seconds * (self.total / self.step - 1))
+            bar = (f"[{'#' * (20 * self.step // self.total):.<20}] step {self.step}/{self.total}  {rate:.1f} clouds/s  "
+                   f"{left // 60}:{left % 60:02d} left")
+            print("\r\033[K" + ("" if hidden else bar), end="", flush=True)
 
     def close(self, pictures=(), **figures):
         """The run's closing figures as the last object of the log, its pictures, time and memory."""
@@ -2283,41 +2250,31 @@ class Run:
                 write_png(self.out / f"{name}.png", picture)
             else:
                 write_gallery(self.out / name, *picture)
-        write_png(self.out / "loss.png", loss_curve(self.log))
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
+        rows = [json.loads(line) for line in self.log.read_text().splitlines()]
+        curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in ("loss", "reconstruction")}
+        curves = {name: tuple(zip(*points)) for name, points in curves.items() if points}
+        write_png(self.out / "loss.png", plot_lines(curves, "training loss", "step", "loss"))
+        peak = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         say(f"{self.seconds:.0f} s for {self.step} steps, peak memory {peak / 2**30:.2f} GiB; {self.out} holds "
             + ", ".join(sorted(p.name for p in self.out.iterdir() if p.is_file() and not p.name.startswith("."))))
 
 
-def loss_curve(log):
-    """The loss over the steps of a metrics.jsonl, as a picture."""
-    rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
-    rows = [row for row in rows if row.get("loss") is not None]
-    curves = {k: ([r["step"] for r in rows if r.get(k) is not None], [r[k] for r in rows if r.get(k) is not None])
-              for k in ("loss", "reconstruction") if any(r.get(k) is not None for r in rows)}
-    return plot_lines(curves, "training loss", "step", "loss")
-
-
-SIZES = {  # the student's and the teacher's sizes; base is the paper's
-    "tiny": dict(points=1024, trunk="vit_tiny_patch16_224", trunk_width=192,
-                 encoder=dict(num_group=32, group_size=32, width=192, depth=6, num_heads=3, encoder_dims=192),
-                 teacher=dict(num_group=32, group_size=32, encoder_dims=192, tokens_dims=192, decoder_dims=192, num_tokens=512,
+SIZES = {  # the teacher's and the student's, where they are not the paper's
+    "tiny": dict(trunk="vit_tiny_patch16_224", trunk_width=192,
+                 encoder=dict(num_group=32, width=192, depth=6, num_heads=3, encoder_dims=192),
+                 teacher=dict(num_group=32, encoder_dims=192, tokens_dims=192, decoder_dims=192, num_tokens=512,
                               num_prompt=16)),
-    "small": dict(points=1024, trunk="vit_small_patch16_384", trunk_width=384,
-                  encoder=dict(width=384, depth=12, num_heads=6),
-                  teacher=dict(num_tokens=2048, num_prompt=32)),
-    "base": dict(points=1024, trunk="vit_base_patch16_384", trunk_width=768, encoder={}, teacher={}),
+    "small": dict(trunk="vit_small_patch16_384", trunk_width=384, encoder={}, teacher=dict(num_tokens=2048, num_prompt=32)),
+    "base": dict(trunk="vit_base_patch16_384", trunk_width=768, encoder={}, teacher={}),
 }
 
 
 def resolve(config, device, defaults):
     """The settings with `auto` and 0 replaced by what they stand for on this device."""
-    size = config.size if config.size != "auto" else "base" if device.type == "cuda" else "tiny"
-    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    filled = {name: getattr(config, name) or value for name, value in {**defaults[size], "points": SIZES[size]["points"]}.items()}
-    return replace(config, size=size, precision=precision, **filled)
+    auto = dict(size="base", precision="bf16") if device.type == "cuda" else dict(size="tiny", precision="fp32")
+    config = replace(config, **{name: value for name, value in auto.items() if getattr(config, name) == "auto"})
+    default = {"points": 1024, **defaults[config.size]}
+    return replace(config, **{name: getattr(config, name) or value for name, value in default.items()})
 
 
 def check_distinct(clouds, num_group):
@@ -2329,14 +2286,13 @@ def check_distinct(clouds, num_group):
 
 
 def open_data(config, device, everything=False):
-    """(train, test) Clouds of --data, on the device where they fit; `everything`: ShapeNet-55 is trained on whole (Sec. 4.2)."""
+    """(train, test) Clouds of --data, on the device where they fit; `everything`: ShapeNet-55 is trained on whole."""
     if config.data == "synthetic":
         train, test = synthetic_clouds(50, seed=0), synthetic_clouds(20, seed=1)
     else:
-        roots = (Path(config.data) / name / "shapenet_pc" for name in ("", "ShapeNet55-34", "ShapeNet55"))
-        whole = everything and any(root.is_dir() for root in roots)
-        train = open_clouds(config.data, None if whole else "train", config.cache or None)
-        test = open_clouds(config.data, "test", config.cache or None)
+        roots = (Path(config.data, name, "shapenet_pc") for name in ("", "ShapeNet55-34", "ShapeNet55"))
+        first = None if everything and any(root.is_dir() for root in roots) else "train"
+        train, test = (open_clouds(config.data, split, config.cache or None) for split in (first, "test"))
     if device.type == "cuda" and train.points.nbytes < torch.cuda.mem_get_info()[0] // 4:
         train, test = train.to(device), test.to(device)
     return train, test

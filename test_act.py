@@ -3277,6 +3277,67 @@ def test_an_earlier_run_is_set_aside_not_overwritten(small_run):
     assert [p.read_bytes() for p in run.out.glob("earlier-*/last.pt")] == [before]
 
 
+def test_an_epoch_takes_every_cloud_once_in_an_order_of_its_own_that_is_drawn_once(small_run, cloud_set, monkeypatch):
+    run, loss = small_run
+    run.total, draw, drawn, taken = 2 * run.per_epoch, torch.randperm, [], []
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: drawn.append(n) or draw(n, **options))
+
+    def noting(net, step, indices, *rest):
+        taken.append(indices.tolist())
+        return loss(net, step, indices, *rest)
+    run.train(lambda step: dict(lr=1e-3), noting)
+    assert drawn.count(len(cloud_set)) == 2
+    first, second = ([i for batch in half for i in batch] for half in (taken[: run.per_epoch], taken[run.per_epoch :]))
+    assert len(set(first)) == len(set(second)) == run.per_epoch * run.batch and first != second
+
+
+def test_a_finished_run_that_is_resumed_leaves_its_log_as_it_was(small_run, cloud_set):
+    run, loss = small_run
+    run.train(lambda step: dict(lr=1e-3), loss)
+    run.close(figure=1.0)
+    before = run.log.read_bytes()
+    again = act.Run(replace(run.config, resume=True), run.model, cloud_set, 0.05)
+    again.train(lambda step: dict(lr=1e-3), loss)
+    again.close(figure=1.0)
+    assert again.step == 4 and run.log.read_bytes() == before and before.count(b"figure") == 1
+
+
+def test_no_step_reads_a_value_on_the_host(small_run):
+    """On a GPU each such read would wait for all that is queued there."""
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    run, _ = small_run
+    run.model.train()
+    xyz = torch.randn(4, 64, 3)
+
+    def loss(net, step, indices, generator, share):
+        mask = torch.tensor([True, False] * 4).expand(4, 8)
+        return net(*act.group_points(xyz, 8, 8), mask).square().mean(), {}
+    with Reads() as reads:
+        run._update(loss, torch.arange(4), lr=1e-3)
+        assert reads.count == 0 and run.step == 1
+        run.sums["loss"].item()
+        assert reads.count == 1
+
+
+def test_a_gpus_loss_is_read_once_for_each_line_of_the_log(small_run, monkeypatch):
+    run, _ = small_run
+    run.config, run.device, reads, means = replace(run.config, log_every=2), torch.device("cuda"), [], run._means
+
+    def update(loss, indices, lr):
+        run.step += 1
+        run.sums["loss"] = run.sums.get("loss", 0) + torch.tensor(float(run.step))
+    monkeypatch.setattr(run, "_update", update)
+    monkeypatch.setattr(run, "_means", lambda indices: reads.append(run.step) or means(indices))
+    run.train(lambda step: dict(lr=1e-3), None)
+    assert reads == [2, 4] and [(row["step"], row["loss"]) for row in log_of(run.out)] == [(2, 1.5), (4, 2.5)]
+
+
 def test_an_unwritable_folder_is_reported_before_training(tmp_path, cloud_set):
     (tmp_path / "file").write_text("")
     config = replace(act.RunConfig(), out=str(tmp_path / "file" / "run"), steps=1, batch_size=2, lr=1e-3)

@@ -48,16 +48,14 @@ def kl_weight(step, total):
 
 def open_trunk(config, name, width):
     """(trunk, what it holds) by --weights; auto falls back to a random trunk and says so loudly."""
-    random = act.Trunk(act.TrunkConfig(width=width, num_heads=width // 64, mlp_hidden=4 * width))
-    if config.weights == "random":
-        return random, "random"
-    if config.weights != "auto":
+    if config.weights not in ("auto", "random"):
         return act.load_pretrained(config.weights, config.heads or None), config.weights
-    try:
-        return act.load_pretrained(name), name
-    except ValueError as error:
-        say(f"NO PRETRAINED WEIGHTS: THE TRUNK IS RANDOM. {error}")
-        return random, "random"
+    if config.weights == "auto":
+        try:
+            return act.load_pretrained(name), name
+        except ValueError as error:
+            say(f"NO PRETRAINED WEIGHTS: THE TRUNK IS RANDOM. {error}")
+    return act.Trunk(act.TrunkConfig(width=width, num_heads=width // 64, mlp_hidden=4 * width)), "random"
 
 
 @torch.no_grad()
