@@ -110,19 +110,19 @@ def labelled(path, arrays, labels, classes=None, normalized=True):
             raise ValueError(f"{path}: cloud {i} has shape {np.shape(array)}, wanted numbers (points, 3)")
         if not np.isfinite(array[:, :3]).all():
             raise ValueError(f"{path}: cloud {i} has coordinates that are NaN or infinite")
-    points = torch.from_numpy(np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays]))
-    offsets, names = np.cumsum([0, *map(len, arrays)]), [f"{Path(path).stem}_{i:05d}" for i in range(len(arrays))]
-    labels = torch.from_numpy(labels.reshape(-1).astype(np.int64))
-    return act.Clouds(points, torch.from_numpy(offsets), names, labels, list(classes), normalized=normalized)
+    points = np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays])
+    points, labels, offsets = map(torch.from_numpy, (points, labels.astype(np.int64).ravel(), np.cumsum([0, *map(len, arrays)])))
+    names = [f"{Path(path).stem}_{i:05d}" for i in range(len(arrays))]
+    return act.Clouds(points, offsets, names, labels, list(classes), normalized=normalized)
 
 
 def select(clouds, chosen):
     """The clouds numbered `chosen`, in that order, as Clouds."""
     chosen = [int(i) for i in chosen]
     flat = torch.cat([torch.arange(clouds.offsets[i], clouds.offsets[i + 1]) for i in chosen])
-    offsets = F.pad(clouds.offsets.diff()[chosen].cumsum(0), (1, 0))
-    return replace(clouds, points=clouds.points[flat], offsets=offsets, names=[clouds.names[i] for i in chosen],
-                   labels=clouds.labels[chosen], parts=None if clouds.parts is None else clouds.parts[flat])
+    return replace(clouds, points=clouds.points[flat], offsets=F.pad(clouds.offsets.diff()[chosen].cumsum(0), (1, 0)),
+                   names=[clouds.names[i] for i in chosen], labels=clouds.labels[chosen],
+                   parts=None if clouds.parts is None else clouds.parts[flat])
 
 
 def read_h5(path, classes=None, normalized=True):
@@ -231,8 +231,8 @@ def read_npz(path):
 
 
 def open_labelled(config):
-    """(name of the data set, train, test) of --data for classification, recognised by looking; published folds: None, None."""
-    path, cache, splits, name = Path(config.data), config.cache or None, ("train", "test"), "ModelNet40"
+    """(name of the data set, train, test) of --data for classification, recognised by looking; of published folds None, None."""
+    path, cache, splits = Path(config.data), config.cache or None, ("train", "test")
     if config.data == "synthetic":
         return "embedded shapes", act.synthetic_clouds(50, seed=0), act.synthetic_clouds(20, seed=1)
     if not path.exists():
@@ -243,22 +243,21 @@ def open_labelled(config):
         folder, file = SCAN_FILES[config.variant]
         path = (path / folder if (path / folder).is_dir() else path) / f"training_{file}"
     h5 = sorted(path.glob("*train*.h5")) if path.is_dir() else [path] * path.match("*train*.h5")
-    names = path / "modelnet40_shape_names.txt"
-    classes = names.read_text().split() if names.is_file() else None
-    if list(path.glob("*_fps.dat")):
-        train, test = (read_dat(path / f"modelnet40_{split}_8192pts_fps.dat", classes) for split in splits)
-    elif classes:
-        train, test = (read_modelnet(path, split, classes, cache) for split in splits)
+    caches, names, name = list(path.glob("*_fps.dat")), path / "modelnet40_shape_names.txt", path.name
+    if caches or names.is_file():
+        name, classes = "ModelNet40", names.read_text().split() if names.is_file() else None
+        train, test = (read_dat(path / f"modelnet40_{split}_8192pts_fps.dat", classes) if caches else
+                       read_modelnet(path, split, classes, cache) for split in splits)
     elif h5:
         if len(h5) > 1:
             raise ValueError(f"--data {path}: found {', '.join(file.name for file in h5)}, wanted one; give its own path")
-        scan = h5[0].name.startswith("training_objectdataset")
-        name, pair = "ScanObjectNN" if scan else path.name, (h5[0], h5[0].with_name(re.sub("train(ing)?", "test", h5[0].name)))
+        scan = h5[0].name.startswith("training_objectdataset")  # used as stored, not normalised
+        name, pair = "ScanObjectNN" if scan else name, (h5[0], h5[0].with_name(re.sub("train(ing)?", "test", h5[0].name)))
         train, test = (read_h5(file, SCAN_CLASSES if scan else None, not scan) for file in pair)
     elif path.suffix == ".npz":
-        name, (train, test) = path.name, read_npz(path)
+        train, test = read_npz(path)
     elif path.is_dir():
-        name, train, test = path.name, *(act.open_clouds(path, split, cache) for split in splits)
+        train, test = (act.open_clouds(path, split, cache) for split in splits)
     else:
         raise ValueError(f"--data {path}: wanted a folder, an .npz or the …train….h5 of a pair")
     if train.labels is None or test.labels is None:
@@ -290,9 +289,9 @@ def read_shapenet_part(root):
     table, out = root / "synsetoffset2category.txt", []
     with naming(table):
         rows = [line.split() for line in table.read_text().splitlines() if line.strip()] or [["nothing"]]
-        wrong = [row for row in rows if len(row) != 2 or row[0] not in SHAPENET_PARTS]
-        if wrong:
-            raise ValueError(f"found {' '.join(wrong[0])!r}, wanted lines of a category of ShapeNetPart and its synset")
+        for row in rows:
+            if len(row) != 2 or row[0] not in SHAPENET_PARTS:
+                raise ValueError(f"found {' '.join(row)!r}, wanted lines of a category of ShapeNetPart and its synset")
     classes, synsets = map(list, zip(*rows))
     for splits in (("train", "val"), ("test",)):
         labels, files, arrays = [], [], []
@@ -304,14 +303,13 @@ def read_shapenet_part(root):
         for path, label in zip(files, labels):
             first, last = SHAPENET_PARTS[classes[label]]
             with naming(path):
-                array = np.loadtxt(path, ndmin=2)
-                if array.shape[1] != 7 or not first <= array[:, 6].min() <= array[:, 6].max() < last:
-                    raise ValueError(f"{array.shape[1]} columns, the last {array[:, -1].min():g} to {array[:, -1].max():g}, "
+                arrays.append(np.loadtxt(path, ndmin=2))
+                part = arrays[-1][:, -1]
+                if arrays[-1].shape[1] != 7 or not first <= part.min() <= part.max() < last:
+                    raise ValueError(f"{arrays[-1].shape[1]} columns, the last {part.min():g} to {part.max():g}, "
                                      f"wanted 7, the last a part of a {classes[label]}: {first} to {last - 1}")
-            arrays.append(array[:, [0, 1, 2, 6]])
-        parts = torch.from_numpy(np.concatenate(arrays)[:, 3].astype(np.int64))
-        out.append(replace(labelled(root, arrays, labels, classes), parts=parts,
-                           class_parts=[SHAPENET_PARTS[name] for name in classes]))
+        parts, ranges = np.concatenate(arrays)[:, 6].astype(np.int64), [SHAPENET_PARTS[name] for name in classes]
+        out.append(replace(labelled(root, arrays, labels, classes), parts=torch.from_numpy(parts), class_parts=ranges))
     return out
 
 
@@ -348,11 +346,10 @@ def read_room(path):
 def synthetic_room(density, rng):
     """An embedded room of `density` points per square metre: points (n, 3), labels (n,) into ROOM_CLASSES, boxes of its objects.
 
-    Floor, ceiling, four walls, and up to seven pieces of furniture that stand on the floor, turned, and do not overlap.
-    A box is (class, lowest (3,), highest (3,)).
+    Floor, ceiling, four walls, and up to seven pieces of furniture that stand on the floor, turned, and do not overlap;
+    a box is (class, lowest (3,), highest (3,)).
     """
-    size, boxes = np.append(rng.uniform(2.5, 4, 2), rng.uniform(2.3, 2.8)), []
-    pieces = []  # (class, points)
+    size, pieces, boxes = np.append(rng.uniform(2.5, 4, 2), rng.uniform(2.3, 2.8)), [], []
     for label, axis, far in ((0, 2, 1), (1, 2, 0), (2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)):
         plane = rng.random((int(density * np.delete(size, axis).prod()), 3)) * size
         plane[:, axis] = far * size[axis]
@@ -371,8 +368,8 @@ def synthetic_room(density, rng):
                 pieces.append((label, xyz + low))
                 boxes.append((label, low, high))
                 break
-    points = np.concatenate([xyz for _, xyz in pieces])
     labels = np.concatenate([np.full(len(xyz), label, np.uint8) for label, xyz in pieces])
+    points = np.concatenate([xyz for _, xyz in pieces])
     return (points + 0.01 * rng.normal(size=points.shape)).astype(np.float32), labels, boxes
 
 
@@ -398,19 +395,18 @@ def open_rooms(config):
 def thin(clouds, num_points, device):
     """Each cloud's farthest points, 75/64 of num_points or all there are: 1200 of which 1024 are drawn, 2400 of 2048 (Sec. 5).
 
-    They come in the order found, so that the first num_points are those a test cloud is judged by; a cloud of no more than
-    num_points stays as it is.
+    They come in the order found: a test cloud is judged by the first num_points. One of no more than those stays as it is.
     """
     kept = []
     for rows in torch.arange(len(clouds)).split(64):
-        sizes = clouds.offsets.diff()[rows]
+        start, sizes = clouds.offsets[rows], clouds.offsets.diff()[rows]
         width = 1 << (int(sizes.max()) - 1).bit_length()  # few different widths: a GPU captures a graph for each
         position = torch.arange(width)
-        index = clouds.offsets[rows][:, None] + torch.where(position < sizes[:, None], position, 0)  # (64, width)
-        count, order = min(num_points * 75 // 64, width), index
+        order = index = start[:, None] + torch.where(position < sizes[:, None], position, 0)  # (64, width)
         if width > num_points:
-            order = index.gather(1, act.farthest_point_sample(clouds.points[index].to(device), count).cpu())
-        kept += [index[i, :size] if size <= num_points else order[i, :min(count, size)] for i, size in enumerate(sizes.tolist())]
+            farthest = act.farthest_point_sample(clouds.points[index].to(device), min(num_points * 75 // 64, width))
+            order = index.gather(1, farthest.cpu())
+        kept += [(own if size <= num_points else far)[:size] for own, far, size in zip(index, order, sizes.tolist())]
     offsets = torch.tensor([0, *map(len, kept)]).cumsum(0)
     return replace(clouds, points=clouds.points[torch.cat(kept)], offsets=offsets, parts=None).to(device)
 
@@ -474,30 +470,31 @@ def start_model(config, build, device):
     A patch for every 16 points, as in the paper, of the size the checkpoint was trained with.
     """
     sizes, path = dict(act.SIZES[config.size]["encoder"], num_group=config.points // 16), config.checkpoint
-    if path != "none":
-        if not Path(path).is_file():
-            raise ValueError(f"--checkpoint {path}: no such file; train_student.py writes one, none starts from scratch")
-        with warnings.catch_warnings(record=True) as said:  # load warns where a file has no class token
-            warnings.simplefilter("always")
-            source = act.load(path)
-        if isinstance(source, act.Teacher):
-            raise ValueError(f"--checkpoint {path}: holds a Teacher, wanted a Student, Classifier or Segmenter")
-        for name in ("width", "depth", "num_heads", "encoder_dims", "drop_path", "group_size"):
-            sizes[name] = getattr(source.config, name)
-    torch.manual_seed(config.seed)  # here, for a file's network drew numbers of its own
-    model = build(sizes).to(device)
+    torch.manual_seed(config.seed)
     if path == "none":
+        model = build(sizes)
         say(f"from scratch: all {len(model.state_dict())} tensors of the {type(model).__name__} are fresh")
-        return model
-    of_file, wanted = source.encoder.state_dict(), model.encoder.state_dict()
+        return model.to(device)
+    if not Path(path).is_file():
+        raise ValueError(f"--checkpoint {path}: no such file; train_student.py writes one, none starts from scratch")
+    with warnings.catch_warnings(record=True) as said:  # load warns where a file has no class token
+        warnings.simplefilter("always")
+        source = act.load(path)
+    if isinstance(source, act.Teacher):
+        raise ValueError(f"--checkpoint {path}: holds a Teacher, wanted a Student, Classifier or Segmenter")
+    for name in ("width", "depth", "num_heads", "encoder_dims", "drop_path", "group_size"):
+        sizes[name] = getattr(source.config, name)
+    torch.manual_seed(config.seed)  # again, for the file's network drew numbers of its own
+    model, of_file = build(sizes), source.encoder.state_dict()
+    wanted = model.encoder.state_dict()
     given = {k: v for k, v in of_file.items() if k in wanted and not (said and k.startswith("cls_"))}
     fresh = [name for name in ("cls_token", "cls_pos") if name in wanted and name not in given]
     act.load_exactly(model.encoder, given, path, fresh)
-    fresh += sorted({name for name, _ in model.named_children()} - {"encoder"})
+    fresh += sorted(name for name, _ in model.named_children() if name != "encoder")
     unused = sorted({key.split(".")[0] for key in source.state_dict()} - {"encoder"} | of_file.keys() - wanted.keys())
     say(f"loaded the encoder, all {len(given)} tensors, from the {type(source).__name__} in {path}; fresh: {', '.join(fresh)}; "
         f"of the file not used: {', '.join(unused) or 'nothing'}")
-    return model
+    return model.to(device)
 
 
 def features(model, xyz):
@@ -562,9 +559,8 @@ class Parts:
         self.config, self.device, self.classes, self.ranges = config, device, train.classes, train.class_parts
         self.train, self.test = train.to(device), test.to(device)
         act.check_distinct(self.test, config.points // 16)
-        first, last = torch.tensor(self.ranges, device=device)[:, :, None].unbind(1)  # (categories, 1) each
-        part = torch.arange(int(last.max()), device=device)
-        self.allowed = (part >= first) & (part < last)  # (categories, parts)
+        part = torch.arange(max(last for _, last in self.ranges), device=device)
+        self.allowed = torch.stack([(part >= first) & (part < last) for first, last in self.ranges])  # (categories, parts)
         self.extra = dict(task="parts", classes=self.classes, class_parts=[list(r) for r in self.ranges], points=config.points)
 
     def build(self, sizes):
@@ -585,15 +581,13 @@ class Parts:
         return xyz.cpu(), truth.cpu(), logits.argmax(dim=-1).cpu()
 
     def evaluate(self, model):
-        ious, hits, labels = [], [], self.test.labels.cpu()
-        for indices in torch.arange(len(self.test), device=self.device).split(32):
-            _, truth, predicted = self.answers(model, indices)
-            hits.append(truth == predicted)
-            ious += [shape_iou(t, p, self.ranges[labels[i]]) for t, p, i in zip(truth, predicted, indices.tolist())]
+        batches, labels = torch.arange(len(self.test), device=self.device).split(32), self.test.labels.cpu()
+        truth, predicted = map(torch.cat, zip(*(self.answers(model, indices)[1:] for indices in batches)))
+        ious = [shape_iou(t, p, self.ranges[c]) for t, p, c in zip(truth, predicted, labels)]
         ious = torch.tensor(ious, dtype=torch.float64)
         each = torch.stack([ious[labels == c].mean() for c in labels.unique()])
         return dict(instance_miou=ious.mean().item(), class_miou=each.mean().item(),
-                    accuracy=100 * torch.cat(hits).double().mean().item())
+                    accuracy=100 * (truth == predicted).double().mean().item())
 
     def finish(self, model):
         fixed = torch.arange(0, len(self.test), max(1, len(self.test) // 6), device=self.device)[:6]
@@ -654,8 +648,8 @@ def room_blocks(xyz):
 def label_points(model, xyz, blocks, num_points, category=None):
     """Mean probabilities (n, classes) of every point of xyz (n, 3), over the blocks it lies in.
 
-    Each block is cut at random into sets of num_points, the last one filled up with points of the others. With a category the
-    sets are normalised, as objects are; without, they are moved by the block's origin, as rooms are.
+    Each block is cut at random into sets of num_points, the last filled up with points of the others. With a category the sets
+    are normalised, as objects are; without, they are moved by the block's origin, as rooms are.
     """
     rng, device, sets = np.random.default_rng(0), next(model.parameters()).device, []
     for inside, origin in blocks:
@@ -797,21 +791,17 @@ def write_arrays(path, **arrays):
 def predict(config, device):
     """--predict: a table of labels; --features: those; of a segmenter each cloud with its labels as .npz and .ply in --out."""
     path = Path(config.predict)
-    root, files = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
-    files = {str(file.relative_to(root)): file for file in files if file == path or file.suffix.lower() in act.READERS}
+    root, found = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
+    files = {str(file.relative_to(root)): file for file in found if file == path or file.suffix.lower() in act.READERS}
     if not files:
         raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(act.READERS)}")
     model, extra = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint).get("extra") or {}
+    points, normalized = config.points or extra.get("points", 16 * model.config.num_group), extra.get("normalized", True)
     if not isinstance(model, (act.Student, act.Classifier) if config.features else (act.Classifier, act.Segmenter)):
         wanted = "Student or Classifier" if config.features else "Classifier or Segmenter that finetune.py wrote (or --features FILE)"
         raise ValueError(f"--checkpoint {config.checkpoint}: the checkpoint holds a {type(model).__name__}, wanted a {wanted}")
-    points = config.points or extra.get("points", 16 * model.config.num_group)
-    (predict_points if isinstance(model, act.Segmenter) else predict_clouds)(config, model, extra, points, files)
-
-
-def predict_clouds(config, model, extra, points, files):
-    """A table of each cloud's label, where there is a head; --features."""
-    device, normalized, rows = next(model.parameters()).device, extra.get("normalized", True), []
+    if isinstance(model, act.Segmenter):
+        return predict_points(config, model, extra, points, files)
     inputs = []
     for file in files.values():
         xyz = torch.from_numpy(act.read_points(file))
@@ -899,13 +889,13 @@ def main():
         name = "S3DIS" if stored else "embedded rooms"
         config = settle(config, name, asked)
         train, test = open_rooms(config)
-    elif config.task == "parts":
-        name = "ShapeNetPart" if stored else "embedded compositions"
-        config = settle(config, name, asked)
-        train, test = read_shapenet_part(Path(config.data)) if stored else (
-            compositions(act.synthetic_clouds(n, seed)) for seed, n in enumerate((50, 20)))
     else:
-        name, train, test = open_labelled(config)
+        if config.task != "parts":
+            name, train, test = open_labelled(config)
+        elif stored:
+            name, (train, test) = "ShapeNetPart", read_shapenet_part(Path(config.data))
+        else:
+            name, train, test = "embedded compositions", *(compositions(act.synthetic_clouds(*n)) for n in ((50, 0), (20, 1)))
         config = settle(config, name, asked)
     say(f"{config.task} on {device} x {world}, {config.precision}: size {config.size}, {config.points} points; {name}, "
         + (f"{len(train)} to train on, {len(test)} held out" if train else f"{config.way}-way {config.shot}-shot"))
@@ -915,8 +905,8 @@ def main():
         return fewshot(config, device, rank, train, test)
     if config.task == "svm":
         return svm(config, device, train, test) if rank == 0 else None
-    kind = {"classify": Classification, "parts": Parts, "scene": Scenes}[config.task]
-    figures = fit(config, kind(config, device, train, test), rank)
+    task = {"classify": Classification, "parts": Parts, "scene": Scenes}[config.task](config, device, train, test)
+    figures = fit(config, task, rank)
     shown = {"accuracy": "overall", "mean_accuracy": "class mean", "instance_miou": "instance mIoU", "class_miou": "class mIoU",
              "miou": "mIoU", "vote_accuracy": f"vote of {config.vote}", "best_accuracy": "best epoch, chosen on the test clouds,"}
     if rank == 0:
