@@ -1,20 +1,19 @@
 """Downstream tasks (Sec. 5): what a pretrained student is worth on labelled clouds. Every task runs with no data at all.
 
-    python finetune.py                                                   # after train_student.py: classify the embedded shapes
-    python finetune.py --protocol linear                                 # encoder frozen; --checkpoint none: from scratch
-    python finetune.py --task fewshot --way 5 --shot 10 --fold all       # ten episodes, mean ± std
-    python finetune.py --task svm                                        # linear SVM on frozen features
-    python finetune.py --task parts                                      # part segmentation; --task scene: rooms
-    python finetune.py --data ScanObjectNN --variant PB_T50_RS --size base --checkpoint student.pth        # the published run
-    python finetune.py --data ModelNet40 --vote 10 --size base           # .txt folder, .dat cache or .off meshes
-    python finetune.py --task scene --data S3DIS --area 5 --size base    # and --task parts --data ShapeNetPart
-    python finetune.py --predict my_clouds --checkpoint runs/finetune/last.pt        # label your own clouds
-    python finetune.py --predict my_clouds --checkpoint runs/student/last.pt --features features.npz
-    torchrun --nproc_per_node=8 finetune.py --data ModelNet40 --size base            # the same batch on 8 GPUs
+    python finetune.py                                                # after train_student.py: classify the embedded shapes
+    python finetune.py --protocol linear                              # encoder frozen; --checkpoint none: from scratch
+    python finetune.py --task fewshot --way 5 --shot 10 --fold all    # ten episodes, mean ± std
+    python finetune.py --task svm                                     # linear SVM on frozen features
+    python finetune.py --task parts                                   # part segmentation; --task scene: rooms
+    python finetune.py --data ScanObjectNN --variant PB_T50_RS --size base --checkpoint student.pth      # the published run
+    python finetune.py --data ModelNet40 --vote 10 --size base        # .txt folder, .dat cache or .off meshes
+    python finetune.py --task scene --data S3DIS --area 5 --size base # and --task parts --data ShapeNetPart
+    python finetune.py --predict my_clouds --checkpoint runs/finetune/last.pt     # label your own clouds; --features f.npz
+    torchrun --nproc_per_node=8 finetune.py --data ModelNet40 --size base         # the same batch on 8 GPUs
 
---data is recognised by looking: 'synthetic'; a ScanObjectNN, ModelNet40, few-shot, ShapeNetPart or S3DIS root as published; a
-folder with one train and one test .h5 (`data` (n, P, 3), `label` (n,)); a labelled folder of clouds; an .npz (`points` (n, P, 3)
-and `labels`, or train_points, train_labels, test_points, test_labels; `classes` if you like).
+--data is recognised by looking: 'synthetic'; a ScanObjectNN, ModelNet40, few-shot, ShapeNetPart or S3DIS root as published;
+one train and one test .h5 (`data` (n, P, 3), `label` (n,)); a labelled folder of clouds; an .npz (`points` (n, P, 3) and
+`labels`, or train_points, train_labels, test_points, test_labels; `classes` if you like).
 Leaves last.pt, metrics.jsonl, config.json, loss.png and confusion.png, parts.png or scene.png in --out.
 """
 
@@ -42,14 +41,13 @@ DEFAULTS = {  # task, size: epochs and batch of a default run; base is the publi
     task: {size: dict(epochs=n, batch_size=batch) for size, n in zip(("tiny", "small", "base"), epochs)}
     for task, batch, epochs in (("classify", 32, (8, 50, 300)), ("fewshot", 32, (20, 50, 150)), ("svm", 32, (1, 1, 1)),
                                 ("parts", 16, (2, 30, 300)), ("scene", 32, (2, 10, 60)))}
-PUBLISHED_AUGMENT = {"ScanObjectNN": "rotate", "embedded shapes": "rotate"}  # all other data sets: scale_translate
 SCAN_FILES = {"OBJ_BG": ("main_split", "objectdataset.h5"), "OBJ_ONLY": ("main_split_nobg", "objectdataset.h5"),
               "PB_T50_RS": ("main_split", "objectdataset_augmentedrot_scale75.h5")}
 SCAN_CLASSES = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
 SHAPENET_PARTS = {  # category -> (first, last + 1) of its parts
-    "Airplane": (0, 4), "Bag": (4, 6), "Cap": (6, 8), "Car": (8, 12), "Chair": (12, 16), "Earphone": (16, 19), "Guitar": (19, 22),
-    "Knife": (22, 24), "Lamp": (24, 28), "Laptop": (28, 30), "Motorbike": (30, 36), "Mug": (36, 38), "Pistol": (38, 41),
-    "Rocket": (41, 44), "Skateboard": (44, 47), "Table": (47, 50)}
+    "Airplane": (0, 4), "Bag": (4, 6), "Cap": (6, 8), "Car": (8, 12), "Chair": (12, 16), "Earphone": (16, 19),
+    "Guitar": (19, 22), "Knife": (22, 24), "Lamp": (24, 28), "Laptop": (28, 30), "Motorbike": (30, 36), "Mug": (36, 38),
+    "Pistol": (38, 41), "Rocket": (41, 44), "Skateboard": (44, 47), "Table": (47, 50)}
 S3DIS_CLASSES = "ceiling floor wall beam column window door table chair sofa bookcase board clutter".split()
 ROOM_CLASSES = "ceiling floor wall table chair sofa bed bookshelf lamp".split()  # of the embedded rooms
 QUERIES, FOLDS = 20, 10  # test clouds per class of a few-shot episode; episodes
@@ -58,7 +56,7 @@ QUERIES, FOLDS = 20, 10  # test clouds per class of a few-shot episode; episodes
 @dataclass
 class Config(act.RunConfig):
     out: str = flag("runs/finetune", "folder of the run's checkpoint, log, configuration and pictures")
-    data: str = flag("synthetic", "'synthetic' (embedded shapes, compositions, rooms) or a labelled set's path", group="data")
+    data: str = flag("synthetic", "'synthetic' (embedded shapes, compositions, rooms) or a labelled set", group="data")
     variant: str = flag("PB_T50_RS", "of ScanObjectNN", "all three", tuple(SCAN_FILES), group="data")
     area: int = flag(5, "the area of S3DIS, or of the embedded rooms, that is held out", 5, group="data")
     augment: str = flag("auto", "auto (the data set's published one), rotate, scale_translate or none", "auto",
@@ -66,19 +64,16 @@ class Config(act.RunConfig):
     task: str = flag("classify", "classify, fewshot, svm, parts or scene", choices=tuple(DEFAULTS))
     protocol: str = flag("full", "full: all is trained; mlp3, linear: that head alone, on a frozen encoder", "all three",
                          ("full", "mlp3", "linear"), group="model")
-    checkpoint: str = flag("runs/student/last.pt", "what the encoder starts from, ours or the release's; none: from scratch",
-                           group="model")
-    lr: float = flag(0.0, "peak learning rate; 0: the published one (5e-4; frozen encoder 1e-3; parts and scene 2e-4)",
-                     group="training")
+    checkpoint: str = flag("runs/student/last.pt", "a student, ours or the release's; none: from scratch", group="model")
+    lr: float = flag(0.0, "peak learning rate; 0: 5e-4; frozen encoder 1e-3; parts and scene 2e-4", group="training")
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05, group="training")
     clip: float = flag(10.0, "largest norm of the gradient", 10, group="training")
-    vote: int = flag(0, "classify: also the mean logits of so many augmented draws of each test cloud", 10, group="evaluation")
+    vote: int = flag(0, "classify: also by the mean logits of so many augmented draws", 10, group="evaluation")
     way: int = flag(5, "classes of a few-shot episode", "5, 10", group="evaluation")
     shot: int = flag(10, "training clouds per class of a few-shot episode", "10, 20", group="evaluation")
     fold: str = flag("all", f"the episode, 0 to {FOLDS - 1}, or all", "all", group="evaluation")
-    predict: str = flag("", "label this cloud, or folder of clouds, with --checkpoint; nothing is trained", group="prediction")
-    category: str = flag("", "the object category of the clouds to --predict the parts of (default: their folder's name)",
-                         group="prediction")
+    predict: str = flag("", "label this cloud or folder of clouds with --checkpoint, train nothing", group="prediction")
+    category: str = flag("", "what the clouds to --predict parts of are (default: their folder's name)", group="prediction")
     features: str = flag("", "with --predict or --task svm: write the (B, 2 C) features to this .npz", group="prediction")
 
 
@@ -110,8 +105,8 @@ def labelled(path, arrays, labels, classes=None, normalized=True):
             raise ValueError(f"{path}: cloud {i} has shape {np.shape(array)}, wanted numbers (points, 3)")
         if not np.isfinite(array[:, :3]).all():
             raise ValueError(f"{path}: cloud {i} has coordinates that are NaN or infinite")
-    points = np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays])
-    points, labels, offsets = map(torch.from_numpy, (points, labels.astype(np.int64).ravel(), np.cumsum([0, *map(len, arrays)])))
+    points = torch.from_numpy(np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays]))
+    offsets, labels = torch.tensor([0, *map(len, arrays)]).cumsum(0), torch.from_numpy(labels.astype(np.int64).ravel())
     names = [f"{Path(path).stem}_{i:05d}" for i in range(len(arrays))]
     return act.Clouds(points, offsets, names, labels, list(classes), normalized=normalized)
 
@@ -156,7 +151,7 @@ class StoredArray(np.ndarray):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays beside plain values, under the names of numpy 1 and 2; nothing else is looked up, so nothing runs."""
+    """Admits numpy's arrays (1's and 2's names) and plain values; nothing else is looked up, so nothing runs."""
     ADMITTED = {
         "numpy.dtype": StoredType, "numpy.ndarray": "ndarray",  # the latter only as an argument of the next
         "numpy.core.multiarray._reconstruct": lambda *kind: StoredArray.__new__(StoredArray, 0),
@@ -207,13 +202,12 @@ def read_modelnet(root, split, classes, cache):
         for name, kind, file in zip(names, kinds, files):
             if kind not in classes or not (root / file).is_file():
                 raise ValueError(f"lists {name}, wanted the file {root / file}, of a class in modelnet40_shape_names.txt")
-        points, offsets = act.cached_points(str(root), files, cache)
-    labels = torch.tensor([classes.index(kind) for kind in kinds])
-    return act.Clouds(torch.from_numpy(points), torch.from_numpy(offsets), names, labels, classes)
+        points, offsets = map(torch.from_numpy, act.cached_points(str(root), files, cache))
+    return act.Clouds(points, offsets, names, torch.tensor([*map(classes.index, kinds)]), classes)
 
 
 def read_npz(path):
-    """(train, test) of a user's .npz; without a split of its own, a fifth by a hash of the clouds' numbers is for testing."""
+    """(train, test) of a user's .npz; where it has no split, a fifth by a hash of the clouds' numbers is for testing."""
     with naming(path), np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
         classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
@@ -231,7 +225,7 @@ def read_npz(path):
 
 
 def open_labelled(config):
-    """(name of the data set, train, test) of --data for classification, recognised by looking; of published folds None, None."""
+    """(name of the data set, train, test) of --data, recognised by looking; train is None where folds are published."""
     path, cache, splits = Path(config.data), config.cache or None, ("train", "test")
     if config.data == "synthetic":
         return "embedded shapes", act.synthetic_clouds(50, seed=0), act.synthetic_clouds(20, seed=1)
@@ -267,20 +261,19 @@ def open_labelled(config):
 
 
 def draw_episode(train, test, way, shot, fold):
-    """(train, test) of an episode: `way` classes, `shot` training and QUERIES test clouds (or all there are) of each.
-
-    It depends on the data, way, shot and fold alone.
-    """
+    """(train, test) of an episode: `way` classes, of each `shot` training and at most QUERIES test clouds; no seed."""
     rng, out = np.random.default_rng([way, shot, fold]), []
     members = [[np.flatnonzero(clouds.labels.numpy() == c) for c in range(len(train.classes))] for clouds in (train, test)]
     able = [c for c, (taught, asked) in enumerate(zip(*members)) if len(taught) >= shot and len(asked)]
     if len(able) < way:
-        raise ValueError(f"--way {way} --shot {shot}: only {len(able)} classes have {shot} training clouds and a test cloud")
+        raise ValueError(f"--way {way} --shot {shot}: only {len(able)} classes have {shot} training clouds "
+                         "and a test cloud")
     chosen = rng.permutation(able)[:way]
     for clouds, own, count in zip((train, test), members, (shot, QUERIES)):
         drawn = [rng.permutation(own[c])[:count] for c in chosen]
         labels = torch.arange(way).repeat_interleave(torch.tensor([*map(len, drawn)]))
-        out.append(replace(select(clouds, np.concatenate(drawn)), labels=labels, classes=[train.classes[c] for c in chosen]))
+        classes = [train.classes[c] for c in chosen]
+        out.append(replace(select(clouds, np.concatenate(drawn)), labels=labels, classes=classes))
     return out
 
 
@@ -323,6 +316,13 @@ def compositions(clouds):
                    classes=[clouds.classes[c] for c in kept], class_parts=torch.searchsorted(parts, ranges[kept]).tolist())
 
 
+def open_parts(config):
+    """(name of the data set, train, test) of --data for part segmentation."""
+    if config.data != "synthetic":
+        return "ShapeNetPart", *read_shapenet_part(Path(config.data))
+    return "embedded compositions", *(compositions(act.synthetic_clouds(n, seed)) for seed, n in enumerate((50, 20)))
+
+
 class Room(NamedTuple):
     """A whole room, z up, in metres."""
     area: int
@@ -344,7 +344,7 @@ def read_room(path):
 
 
 def synthetic_room(density, rng):
-    """An embedded room of `density` points per square metre: points (n, 3), labels (n,) into ROOM_CLASSES, boxes of its objects.
+    """An embedded room, `density` points per m²: points (n, 3), labels (n,) into ROOM_CLASSES, boxes of its objects.
 
     Floor, ceiling, four walls, and up to seven pieces of furniture that stand on the floor, turned, and do not overlap;
     a box is (class, lowest (3,), highest (3,)).
@@ -384,16 +384,14 @@ def open_rooms(config):
         raise ValueError(f"--data {config.data}: found no rooms, wanted Area_<number>_<room>.npy")
     train, test = ([room for room in rooms if (room.area == config.area) == held_out] for held_out in (False, True))
     if not train or not test:
-        raise ValueError(f"--area {config.area}: found the areas {sorted({room.area for room in rooms})}, wanted one of several")
+        raise ValueError(f"--area {config.area}: found the areas {sorted({r.area for r in rooms})}, wanted one of several")
     return train, test
 
 
 # -- clouds as the networks take them ---------------------------------------------------------------------------------
 
-# -- clouds as the networks take them ---------------------------------------------------------------------------------
-
 def thin(clouds, num_points, device):
-    """Each cloud's farthest points, 75/64 of num_points or all there are: 1200 of which 1024 are drawn, 2400 of 2048 (Sec. 5).
+    """Each cloud's farthest points, 75/64 of num_points or all there are: 1200 to draw 1024 of, 2400 for 2048 (Sec. 5).
 
     They come in the order found: a test cloud is judged by the first num_points. One of no more than those stays as it is.
     """
@@ -419,7 +417,7 @@ def first_points(clouds, indices, num_points):
 
 
 def draw_repeated(clouds, indices, num_points, generator):
-    """num_points of each cloud drawn with replacement, ShapeNetPart's rule, and normalised -> xyz (B, N, 3), parts (B, N)."""
+    """num_points of each cloud with replacement, ShapeNetPart's rule, normalised -> xyz (B, N, 3), parts (B, N)."""
     start, size = clouds.offsets[indices][:, None], clouds.offsets.diff()[indices][:, None]
     turn = (torch.rand(len(indices), num_points, generator=generator, device=start.device) * size).long()
     flat = start + turn.minimum(size - 1)
@@ -427,7 +425,7 @@ def draw_repeated(clouds, indices, num_points, generator):
 
 
 def augment(xyz, kind, generator, task="classify"):
-    """The named augmentation of (B, N, 3); rooms turn about z; parts and rooms are scaled less, alike on all axes (Sec. 5)."""
+    """The named augmentation of (B, N, 3); rooms turn about z; parts and rooms are scaled less, alike on all axes."""
     if kind == "none":
         return xyz
     if kind == "rotate":
@@ -455,7 +453,7 @@ def iou(matrix):
 
 
 def shape_iou(truth, predicted, parts):
-    """Mean IoU in percent over the parts range(*parts) of one shape's category; one absent in truth and prediction counts 1."""
+    """Mean IoU in percent over the parts range(*parts) of a shape's category; one in neither truth nor answer is 100."""
     first, last = parts
     inside = (predicted >= first) & (predicted < last)  # what is called a foreign part is in no union but its truth's
     matrix = confusion(truth - first, torch.where(inside, predicted - first, last - first), last - first + 1)
@@ -465,7 +463,7 @@ def shape_iou(truth, predicted, parts):
 # -- model ------------------------------------------------------------------------------------------------------------
 
 def start_model(config, build, device):
-    """build(sizes) -> a network whose encoder comes from --checkpoint, its sizes too; says what is loaded and what is fresh.
+    """build(sizes) -> a network, its encoder and sizes those of --checkpoint; says what is loaded and what is fresh.
 
     A patch for every 16 points, as in the paper, of the size the checkpoint was trained with.
     """
@@ -492,8 +490,8 @@ def start_model(config, build, device):
     act.load_exactly(model.encoder, given, path, fresh)
     fresh += sorted(name for name, _ in model.named_children() if name != "encoder")
     unused = sorted({key.split(".")[0] for key in source.state_dict()} - {"encoder"} | of_file.keys() - wanted.keys())
-    say(f"loaded the encoder, all {len(given)} tensors, from the {type(source).__name__} in {path}; fresh: {', '.join(fresh)}; "
-        f"of the file not used: {', '.join(unused) or 'nothing'}")
+    say(f"loaded the encoder, all {len(given)} tensors, from the {type(source).__name__} in {path}; "
+        f"fresh: {', '.join(fresh)}; of the file not used: {', '.join(unused) or 'nothing'}")
     return model.to(device)
 
 
@@ -518,17 +516,13 @@ class Classification:
         model = act.Classifier(act.ClassifierConfig(**sizes, num_classes=len(self.classes), head=head))
         return model if self.config.protocol == "full" else model.freeze_encoder()
 
-    def draw(self, clouds, indices, generator):
-        xyz, _ = clouds.draw(indices, self.config.points, generator)
-        return augment(xyz, self.config.augment, generator)
-
     def loss(self, net, step, indices, generator, share):
-        logits = net(self.draw(self.train, indices, generator)[share])
-        return F.cross_entropy(logits.float(), self.train.labels[indices.to(self.device)][share]), {}
+        xyz = augment(self.train.draw(indices, self.config.points, generator)[0], self.config.augment, generator)
+        return F.cross_entropy(net(xyz[share]).float(), self.train.labels[indices.to(self.device)][share]), {}
 
     @torch.no_grad()
-    def matrix(self, model, draws=0):
-        """Confusion of the test clouds: by the farthest points as they are, or by the mean logits of augmented draws."""
+    def figures(self, model, draws=0):
+        """By the test clouds' farthest points as they are, or the mean logits of augmented draws: accuracies, confusion."""
         model.eval()
         logits = torch.zeros(len(self.test), len(self.classes), device=self.device)
         for indices in torch.arange(len(self.test), device=self.device).split(64):
@@ -536,18 +530,19 @@ class Classification:
                 logits[indices] = model(first_points(self.test, indices, self.config.points)).float()
             for draw in range(draws):
                 generator = act.seeded(self.device, self.config.seed, "vote", draw, int(indices[0]))
-                logits[indices] += model(self.draw(self.test, indices, generator)).float()
-        return confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
+                xyz = augment(self.test.draw(indices, self.config.points, generator)[0], self.config.augment, generator)
+                logits[indices] += model(xyz).float()
+        matrix = confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
+        return dict(zip(("accuracy", "mean_accuracy"), accuracy(matrix))), matrix
 
     def evaluate(self, model):
-        """Figures after an epoch; of a few-shot episode after the last one only."""
-        return {} if self.config.task == "fewshot" else dict(zip(("accuracy", "mean_accuracy"), accuracy(self.matrix(model))))
+        """After an epoch; a few-shot episode is judged after its last one only."""
+        return {} if self.config.task == "fewshot" else self.figures(model)[0]
 
     def finish(self, model):
-        matrix = self.matrix(model)
-        figures = dict(zip(("accuracy", "mean_accuracy"), accuracy(matrix)))
+        figures, matrix = self.figures(model)
         if self.config.vote:
-            figures.update(zip(("vote_accuracy", "vote_mean_accuracy"), accuracy(self.matrix(model, self.config.vote))))
+            figures.update({f"vote_{name}": value for name, value in self.figures(model, self.config.vote)[0].items()})
         title = f"{figures['accuracy']:.1f} % of {len(self.test)} clouds"
         return figures, [("confusion", act.plot_matrix(matrix.numpy(), self.classes, title))]
 
@@ -561,10 +556,11 @@ class Parts:
         act.check_distinct(self.test, config.points // 16)
         part = torch.arange(max(last for _, last in self.ranges), device=device)
         self.allowed = torch.stack([(part >= first) & (part < last) for first, last in self.ranges])  # (categories, parts)
-        self.extra = dict(task="parts", classes=self.classes, class_parts=[list(r) for r in self.ranges], points=config.points)
+        self.extra = dict(task="parts", classes=self.classes, class_parts=self.ranges, points=config.points)
 
     def build(self, sizes):
-        return act.Segmenter(act.SegmenterConfig(**sizes, num_parts=self.allowed.shape[1], num_categories=len(self.classes)))
+        categories, parts = self.allowed.shape
+        return act.Segmenter(act.SegmenterConfig(**sizes, num_parts=parts, num_categories=categories))
 
     def loss(self, net, step, indices, generator, share):
         indices = indices.to(self.device)
@@ -617,7 +613,7 @@ class Blocks:
     def draw(self, index, rng):
         """A 1 m x 1 m block about a random point, centred on it in x and y: xyz (num_points, 3), labels (num_points,).
 
-        Of blocks that hold more than num_points / 2 points (1024 of 2048, Sec. 5); fewer than num_points are drawn repeatedly.
+        It holds more than num_points / 2 points (1024 of 2048, Sec. 5); fewer than num_points are drawn repeatedly.
         """
         _, name, xyz, labels = self.rooms[index]
         for _ in range(200):
@@ -634,8 +630,8 @@ class Blocks:
 def room_blocks(xyz):
     """1 m x 1 m blocks over a room, 0.5 m apart, the last flush with its walls: [(indices of the points, origin (3,))]."""
     low, high = xyz[:, :2].min(0).astype(np.float64), xyz[:, :2].max(0).astype(np.float64)
-    xs, ys = (0.5 + np.minimum(a + np.arange(math.ceil(max(b - a - 1, 0) / 0.5) + 1) / 2, max(a, b - 1)) for a, b in zip(low, high))
-    blocks = []
+    last, blocks = np.maximum(low, high - 1), []
+    xs, ys = (np.minimum(a + np.arange(math.ceil(2 * (b - a)) + 1) / 2, b) + 0.5 for a, b in zip(low, last))  # centres
     for x in xs:
         column = np.flatnonzero(abs(xyz[:, 0] - x) <= 0.501)  # rounding loses no point at a wall
         for y in ys:
@@ -648,8 +644,8 @@ def room_blocks(xyz):
 def label_points(model, xyz, blocks, num_points, category=None):
     """Mean probabilities (n, classes) of every point of xyz (n, 3), over the blocks it lies in.
 
-    Each block is cut at random into sets of num_points, the last filled up with points of the others. With a category the sets
-    are normalised, as objects are; without, they are moved by the block's origin, as rooms are.
+    Each block is cut at random into sets of num_points, the last filled up with points of the others. With a category the
+    sets are normalised, as objects are; without, they are moved by the block's origin, as rooms are.
     """
     rng, device, sets = np.random.default_rng(0), next(model.parameters()).device, []
     for inside, origin in blocks:
@@ -714,7 +710,7 @@ def fit(config, task, rank):
     """Trains and judges a network for a task -> its figures, in process 0."""
     # -- model, optimizer, resume -------------------------------------------------------------------------------------
     if min(config.batch_size, len(task.train)) < 2:
-        raise ValueError(f"--batch-size {config.batch_size} of {len(task.train)} clouds: BatchNorm wants at least 2 in a batch")
+        raise ValueError(f"--batch-size {config.batch_size} of {len(task.train)} clouds: BatchNorm wants at least 2")
     model = start_model(config, task.build, task.device)
     run = act.Run(config, model, task.train, config.weight_decay, config.clip, task.extra)
 
@@ -775,7 +771,8 @@ def svm(config, device, train, test):
     result = act.svm_accuracy(found[0], task.train.labels, found[1], task.test.labels)
     if config.features:
         labels = torch.cat([train.labels, test.labels]).numpy()
-        write_arrays(config.features, features=torch.cat(found).cpu().numpy(), names=train.names + test.names, labels=labels)
+        found = torch.cat(found).cpu().numpy()
+        write_arrays(config.features, features=found, names=train.names + test.names, labels=labels)
     report(config, f"a linear SVM labels {result:.1f} % of {len(test)} test clouds right", dict(accuracy=result))
 
 
@@ -789,7 +786,7 @@ def write_arrays(path, **arrays):
 
 @torch.no_grad()
 def predict(config, device):
-    """--predict: a table of labels; --features: those; of a segmenter each cloud with its labels as .npz and .ply in --out."""
+    """--predict: a table of labels, and of a segmenter each cloud with its labels in --out; --features: a file of them."""
     path = Path(config.predict)
     root, found = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
     files = {str(file.relative_to(root)): file for file in found if file == path or file.suffix.lower() in act.READERS}
@@ -797,28 +794,29 @@ def predict(config, device):
         raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(act.READERS)}")
     model, extra = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint).get("extra") or {}
     points, normalized = config.points or extra.get("points", 16 * model.config.num_group), extra.get("normalized", True)
-    if not isinstance(model, (act.Student, act.Classifier) if config.features else (act.Classifier, act.Segmenter)):
-        wanted = "Student or Classifier" if config.features else "Classifier or Segmenter that finetune.py wrote (or --features FILE)"
-        raise ValueError(f"--checkpoint {config.checkpoint}: the checkpoint holds a {type(model).__name__}, wanted a {wanted}")
-    if isinstance(model, act.Segmenter):
+    kind = type(model).__name__
+    if config.features and kind not in ("Student", "Classifier"):
+        raise ValueError(f"--features: the checkpoint holds a {kind}, wanted a Student or Classifier")
+    if not config.features and kind not in ("Classifier", "Segmenter"):
+        raise ValueError(f"--checkpoint {config.checkpoint}: holds a {kind}, wanted a Classifier or Segmenter "
+                         "that finetune.py wrote (or --features FILE)")
+    if kind == "Segmenter":
         return predict_points(config, model, extra, points, files)
-    inputs = []
-    for file in files.values():
-        xyz = torch.from_numpy(act.read_points(file))
-        xyz = act.unit_sphere(xyz[None])[0] if normalized else xyz.float()
-        cloud = act.Clouds(xyz, torch.tensor([0, len(xyz)]), [str(file)], normalized=normalized)
-        act.check_distinct(cloud, model.config.num_group)
-        inputs.append(first_points(thin(cloud, points, device), torch.zeros(1, dtype=torch.long, device=device), points))
+    # normalised before they are rounded to float32: coordinates may be large
+    arrays = [(act.read_cloud if normalized else act.read_points)(file) for file in files.values()]
+    clouds = labelled(path, arrays, np.zeros(len(arrays), int), normalized=normalized)
+    act.check_distinct(replace(clouds, names=[*map(str, files.values())]), model.config.num_group)
+    clouds = thin(clouds, points, device)
+    inputs = [first_points(clouds, indices, points) for indices in torch.arange(len(clouds), device=device).split(64)]
     if config.features:
         found = torch.cat([features(model, xyz) for xyz in inputs]).cpu().numpy()
         write_arrays(config.features, features=found, names=list(files))
         say(f"{config.features} holds the features of {len(found)} clouds, {found.shape[1]} each")
-    if isinstance(model, act.Classifier):
+    if kind == "Classifier":
         classes = extra.get("classes") or [f"class {i}" for i in range(model.config.num_classes)]
         width = [max(map(len, column)) + 2 for column in (["file", *files], ["label", *classes])]
         say(f"{'file':{width[0]}}{'label':{width[1]}}{'probability':13}second guess")
-        for name, xyz in zip(files, inputs):
-            row = model(xyz).float().softmax(dim=1)[0]
+        for name, row in zip(files, torch.cat([model(xyz).float().softmax(dim=1) for xyz in inputs])):
             (best, value), *rest = [(classes[i], row[i]) for i in row.argsort(descending=True).tolist()]
             say(f"{name:{width[0]}}{best:{width[1]}}{value:<13.3f}" + (f"{rest[0][0]} {rest[0][1]:.3f}" if rest else ""))
 
@@ -826,8 +824,8 @@ def predict(config, device):
 def predict_points(config, model, extra, points, files):
     """Every point of every file labelled; the table tells each cloud's labels by their share of its points."""
     c, width = model.config, max(map(len, ["file", *files])) + 2
-    classes = extra.get("classes") or (list(SHAPENET_PARTS) if c.num_categories else [f"class {i}" for i in range(c.num_parts)])
-    ranges = extra.get("class_parts") or list(SHAPENET_PARTS.values())
+    classes = list(SHAPENET_PARTS) if c.num_categories else [f"class {i}" for i in range(c.num_parts)]
+    classes, ranges = extra.get("classes") or classes, extra.get("class_parts") or list(SHAPENET_PARTS.values())
     say(f"{'file':{width}}{'points':>9}  labels by share of points")
     for name, file in files.items():
         xyz, category, known = act.read_points(file), None, dict(enumerate(classes))
@@ -835,14 +833,15 @@ def predict_points(config, model, extra, points, files):
         if c.num_categories:
             kind = config.category or file.resolve().parent.name
             if kind not in classes:
-                raise ValueError(f"{file}: {kind!r} is none of the checkpoint's categories, wanted --category, or a folder named "
-                                 f"one of {', '.join(classes)}")
+                raise ValueError(f"{file}: {kind!r} is none of the checkpoint's categories, wanted --category, "
+                                 f"or a folder named one of {', '.join(classes)}")
             category, blocks = classes.index(kind), [(np.arange(len(xyz)), np.zeros(3))]
             known = {part: f"{kind} part {part}" for part in range(*ranges[category])}
         votes = label_points(model, xyz, blocks, points, category)[:, list(known)]
         labels = np.array(list(known))[votes.argmax(dim=1).numpy()]
         target = Path(config.out) / name.replace("/", "-")
-        write_arrays(f"{target}.npz", points=xyz, labels=labels, label_numbers=list(known), label_names=list(known.values()))
+        names = dict(label_numbers=list(known), label_names=list(known.values()))
+        write_arrays(f"{target}.npz", points=xyz, labels=labels, **names)
         act.write_ply(f"{target}.ply", xyz, (255 * act.palette(max(known) + 1)[labels]).astype(np.uint8))
         told = [f"{known[i]} {100 * n / len(xyz):.0f} %" for i, n in Counter(labels.tolist()).most_common()]
         say(f"{name:{width}}{len(xyz):9d}  " + ", ".join(told))
@@ -868,10 +867,10 @@ def settle(config, name, asked):
     """The settings that wait for the data set's name: points, learning rate and augmentation as published for it."""
     dense, frozen = config.task in ("parts", "scene"), config.task in ("classify", "fewshot") and config.protocol != "full"
     doubled = config.size != "tiny" and (dense or name == "ScanObjectNN")  # 2048 points, not 1024
-    published = PUBLISHED_AUGMENT.get(name, "scale_translate") if config.task == "classify" else "scale_translate"
+    turned = config.task == "classify" and name in ("ScanObjectNN", "embedded shapes")
     return replace(config, points=asked or config.points * (2 if doubled else 1),
                    lr=config.lr or (2e-4 if dense else 1e-3 if frozen else 5e-4),
-                   augment=published if config.augment == "auto" else config.augment)
+                   augment=config.augment if config.augment != "auto" else "rotate" if turned else "scale_translate")
 
 
 def main():
@@ -890,25 +889,21 @@ def main():
         config = settle(config, name, asked)
         train, test = open_rooms(config)
     else:
-        if config.task != "parts":
-            name, train, test = open_labelled(config)
-        elif stored:
-            name, (train, test) = "ShapeNetPart", read_shapenet_part(Path(config.data))
-        else:
-            name, train, test = "embedded compositions", *(compositions(act.synthetic_clouds(*n)) for n in ((50, 0), (20, 1)))
+        name, train, test = open_parts(config) if config.task == "parts" else open_labelled(config)
         config = settle(config, name, asked)
     say(f"{config.task} on {device} x {world}, {config.precision}: size {config.size}, {config.points} points; {name}, "
         + (f"{len(train)} to train on, {len(test)} held out" if train else f"{config.way}-way {config.shot}-shot"))
 
-    # -- model, optimizer, loop, results: one run, or one for each fold -----------------------------------------------------
+    # -- model, optimizer, loop, results: one run, or one for each fold -----------------------------------------------
     if config.task == "fewshot":
         return fewshot(config, device, rank, train, test)
     if config.task == "svm":
         return svm(config, device, train, test) if rank == 0 else None
     task = {"classify": Classification, "parts": Parts, "scene": Scenes}[config.task](config, device, train, test)
     figures = fit(config, task, rank)
-    shown = {"accuracy": "overall", "mean_accuracy": "class mean", "instance_miou": "instance mIoU", "class_miou": "class mIoU",
-             "miou": "mIoU", "vote_accuracy": f"vote of {config.vote}", "best_accuracy": "best epoch, chosen on the test clouds,"}
+    shown = {"accuracy": "overall", "mean_accuracy": "class mean", "miou": "mIoU", "instance_miou": "instance mIoU",
+             "class_miou": "class mIoU", "vote_accuracy": f"vote of {config.vote}",
+             "best_accuracy": "best epoch, chosen on the test clouds,"}
     if rank == 0:
         report(config, "last epoch " + ", ".join(f"{shown[k]} {v:.2f} %" for k, v in figures.items() if k in shown))
 
