@@ -261,8 +261,8 @@ def open_labelled(config):
 
 
 def draw_episode(train, test, way, shot, fold):
-    """(train, test) of an episode: `way` classes, of each `shot` training and at most QUERIES test clouds; no seed."""
-    rng, out = np.random.default_rng([way, shot, fold]), []
+    """(train, test) of an episode: `way` classes, `shot` training and at most QUERIES test clouds of each."""
+    rng, out = np.random.default_rng([way, shot, fold]), []  # whatever --seed is: an episode is part of the data
     members = [[np.flatnonzero(clouds.labels.numpy() == c) for c in range(len(train.classes))] for clouds in (train, test)]
     able = [c for c, (taught, asked) in enumerate(zip(*members)) if len(taught) >= shot and len(asked)]
     if len(able) < way:
@@ -296,13 +296,15 @@ def read_shapenet_part(root):
         for path, label in zip(files, labels):
             first, last = SHAPENET_PARTS[classes[label]]
             with naming(path):
-                arrays.append(np.loadtxt(path, ndmin=2))
-                part = arrays[-1][:, -1]
-                if arrays[-1].shape[1] != 7 or not first <= part.min() <= part.max() < last:
-                    raise ValueError(f"{arrays[-1].shape[1]} columns, the last {part.min():g} to {part.max():g}, "
+                array = np.loadtxt(path, ndmin=2)
+                part = array[:, -1]
+                if array.shape[1] != 7 or not first <= part.min() <= part.max() < last:
+                    raise ValueError(f"{array.shape[1]} columns, the last {part.min():g} to {part.max():g}, "
                                      f"wanted 7, the last a part of a {classes[label]}: {first} to {last - 1}")
-        parts, ranges = np.concatenate(arrays)[:, 6].astype(np.int64), [SHAPENET_PARTS[name] for name in classes]
-        out.append(replace(labelled(root, arrays, labels, classes), parts=torch.from_numpy(parts), class_parts=ranges))
+                arrays.append(array[:, [0, 1, 2, 6]])
+        parts = torch.from_numpy(np.concatenate([array[:, 3].astype(np.int64) for array in arrays]))
+        ranges = [SHAPENET_PARTS[name] for name in classes]
+        out.append(replace(labelled(root, arrays, labels, classes), parts=parts, class_parts=ranges))
     return out
 
 
@@ -522,7 +524,7 @@ class Classification:
 
     @torch.no_grad()
     def figures(self, model, draws=0):
-        """By the test clouds' farthest points as they are, or the mean logits of augmented draws: accuracies, confusion."""
+        """Accuracies and confusion: by the test clouds' farthest points, or by the mean logits of augmented draws."""
         model.eval()
         logits = torch.zeros(len(self.test), len(self.classes), device=self.device)
         for indices in torch.arange(len(self.test), device=self.device).split(64):
@@ -636,7 +638,8 @@ def room_blocks(xyz):
         column = np.flatnonzero(abs(xyz[:, 0] - x) <= 0.501)  # rounding loses no point at a wall
         for y in ys:
             inside = column[abs(xyz[column, 1] - y) <= 0.501]
-            blocks += [(inside, np.array([x, y, 0]))] * (len(inside) > 0)
+            if len(inside):
+                blocks.append((inside, np.array([x, y, 0])))
     return blocks
 
 
@@ -788,8 +791,8 @@ def write_arrays(path, **arrays):
 def predict(config, device):
     """--predict: a table of labels, and of a segmenter each cloud with its labels in --out; --features: a file of them."""
     path = Path(config.predict)
-    root, found = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
-    files = {str(file.relative_to(root)): file for file in found if file == path or file.suffix.lower() in act.READERS}
+    root, files = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
+    files = {str(file.relative_to(root)): file for file in files if file == path or file.suffix.lower() in act.READERS}
     if not files:
         raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(act.READERS)}")
     model, extra = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint).get("extra") or {}
@@ -829,7 +832,6 @@ def predict_points(config, model, extra, points, files):
     say(f"{'file':{width}}{'points':>9}  labels by share of points")
     for name, file in files.items():
         xyz, category, known = act.read_points(file), None, dict(enumerate(classes))
-        blocks = room_blocks(xyz)
         if c.num_categories:
             kind = config.category or file.resolve().parent.name
             if kind not in classes:
@@ -837,6 +839,8 @@ def predict_points(config, model, extra, points, files):
                                  f"or a folder named one of {', '.join(classes)}")
             category, blocks = classes.index(kind), [(np.arange(len(xyz)), np.zeros(3))]
             known = {part: f"{kind} part {part}" for part in range(*ranges[category])}
+        else:
+            blocks = room_blocks(xyz)
         votes = label_points(model, xyz, blocks, points, category)[:, list(known)]
         labels = np.array(list(known))[votes.argmax(dim=1).numpy()]
         target = Path(config.out) / name.replace("/", "-")
