@@ -1,20 +1,19 @@
 """Downstream tasks (Sec. 5): what a pretrained student is worth on labelled clouds. Every task runs with no data at all.
 
-    python finetune.py                                                   # after train_student.py: classify the embedded shapes
-    python finetune.py --protocol linear                                 # encoder frozen; --checkpoint none: from scratch
-    python finetune.py --task fewshot --way 5 --shot 10 --fold all       # ten episodes, mean ± std
-    python finetune.py --task svm                                        # linear SVM on frozen features
-    python finetune.py --task parts                                      # part segmentation; --task scene: rooms
-    python finetune.py --data ScanObjectNN --variant PB_T50_RS --size base --checkpoint student.pth        # the published run
-    python finetune.py --data ModelNet40 --vote 10 --size base           # .txt folder, .dat cache or .off meshes
-    python finetune.py --task scene --data S3DIS --area 5 --size base    # and --task parts --data ShapeNetPart
-    python finetune.py --predict my_clouds --checkpoint runs/finetune/last.pt        # label your own clouds
-    python finetune.py --predict my_clouds --checkpoint runs/student/last.pt --features features.npz
-    torchrun --nproc_per_node=8 finetune.py --data ModelNet40 --size base            # the same batch on 8 GPUs
+    python finetune.py                                                # after train_student.py: classify the embedded shapes
+    python finetune.py --protocol linear                              # encoder frozen; --checkpoint none: from scratch
+    python finetune.py --task fewshot --way 5 --shot 10 --fold all    # ten episodes, mean ± std
+    python finetune.py --task svm                                     # linear SVM on frozen features
+    python finetune.py --task parts                                   # part segmentation; --task scene: rooms
+    python finetune.py --data ScanObjectNN --variant PB_T50_RS --size base --checkpoint student.pth      # the published run
+    python finetune.py --data ModelNet40 --vote 10 --size base        # .txt folder, .dat cache or .off meshes
+    python finetune.py --task scene --data S3DIS --area 5 --size base # and --task parts --data ShapeNetPart
+    python finetune.py --predict my_clouds --checkpoint runs/finetune/last.pt     # label your own clouds; --features f.npz
+    torchrun --nproc_per_node=8 finetune.py --data ModelNet40 --size base         # the same batch on 8 GPUs
 
---data is recognised by looking: 'synthetic'; a ScanObjectNN, ModelNet40, few-shot, ShapeNetPart or S3DIS root as published; a
-folder with one train and one test .h5 (`data` (n, P, 3), `label` (n,)); a labelled folder of clouds; an .npz (`points` (n, P, 3)
-and `labels`, or train_points, train_labels, test_points, test_labels; `classes` if you like).
+--data is recognised by looking: 'synthetic'; a ScanObjectNN, ModelNet40, few-shot, ShapeNetPart or S3DIS root as published;
+one train and one test .h5 (`data` (n, P, 3), `label` (n,)); a labelled folder of clouds; an .npz (`points` (n, P, 3) and
+`labels`, or train_points, train_labels, test_points, test_labels; `classes` if you like).
 Leaves last.pt, metrics.jsonl, config.json, loss.png and confusion.png, parts.png or scene.png in --out.
 """
 
@@ -24,6 +23,7 @@ import math
 import pickle
 import re
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,14 +41,13 @@ DEFAULTS = {  # task, size: epochs and batch of a default run; base is the publi
     task: {size: dict(epochs=n, batch_size=batch) for size, n in zip(("tiny", "small", "base"), epochs)}
     for task, batch, epochs in (("classify", 32, (8, 50, 300)), ("fewshot", 32, (20, 50, 150)), ("svm", 32, (1, 1, 1)),
                                 ("parts", 16, (2, 30, 300)), ("scene", 32, (2, 10, 60)))}
-PUBLISHED_AUGMENT = {"ScanObjectNN": "rotate", "embedded shapes": "rotate"}  # all other data sets: scale_translate
 SCAN_FILES = {"OBJ_BG": ("main_split", "objectdataset.h5"), "OBJ_ONLY": ("main_split_nobg", "objectdataset.h5"),
               "PB_T50_RS": ("main_split", "objectdataset_augmentedrot_scale75.h5")}
 SCAN_CLASSES = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
 SHAPENET_PARTS = {  # category -> (first, last + 1) of its parts
-    "Airplane": (0, 4), "Bag": (4, 6), "Cap": (6, 8), "Car": (8, 12), "Chair": (12, 16), "Earphone": (16, 19), "Guitar": (19, 22),
-    "Knife": (22, 24), "Lamp": (24, 28), "Laptop": (28, 30), "Motorbike": (30, 36), "Mug": (36, 38), "Pistol": (38, 41),
-    "Rocket": (41, 44), "Skateboard": (44, 47), "Table": (47, 50)}
+    "Airplane": (0, 4), "Bag": (4, 6), "Cap": (6, 8), "Car": (8, 12), "Chair": (12, 16), "Earphone": (16, 19),
+    "Guitar": (19, 22), "Knife": (22, 24), "Lamp": (24, 28), "Laptop": (28, 30), "Motorbike": (30, 36), "Mug": (36, 38),
+    "Pistol": (38, 41), "Rocket": (41, 44), "Skateboard": (44, 47), "Table": (47, 50)}
 S3DIS_CLASSES = "ceiling floor wall beam column window door table chair sofa bookcase board clutter".split()
 ROOM_CLASSES = "ceiling floor wall table chair sofa bed bookshelf lamp".split()  # of the embedded rooms
 QUERIES, FOLDS = 20, 10  # test clouds per class of a few-shot episode; episodes
@@ -57,7 +56,7 @@ QUERIES, FOLDS = 20, 10  # test clouds per class of a few-shot episode; episodes
 @dataclass
 class Config(act.RunConfig):
     out: str = flag("runs/finetune", "folder of the run's checkpoint, log, configuration and pictures")
-    data: str = flag("synthetic", "'synthetic' (embedded shapes, compositions, rooms) or a labelled set's path", group="data")
+    data: str = flag("synthetic", "'synthetic' (embedded shapes, compositions, rooms) or a labelled set", group="data")
     variant: str = flag("PB_T50_RS", "of ScanObjectNN", "all three", tuple(SCAN_FILES), group="data")
     area: int = flag(5, "the area of S3DIS, or of the embedded rooms, that is held out", 5, group="data")
     augment: str = flag("auto", "auto (the data set's published one), rotate, scale_translate or none", "auto",
@@ -65,19 +64,16 @@ class Config(act.RunConfig):
     task: str = flag("classify", "classify, fewshot, svm, parts or scene", choices=tuple(DEFAULTS))
     protocol: str = flag("full", "full: all is trained; mlp3, linear: that head alone, on a frozen encoder", "all three",
                          ("full", "mlp3", "linear"), group="model")
-    checkpoint: str = flag("runs/student/last.pt", "what the encoder starts from, ours or the release's; none: from scratch",
-                           group="model")
-    lr: float = flag(0.0, "peak learning rate; 0: the published one (5e-4; frozen encoder 1e-3; parts and scene 2e-4)",
-                     group="training")
+    checkpoint: str = flag("runs/student/last.pt", "a student, ours or the release's; none: from scratch", group="model")
+    lr: float = flag(0.0, "peak learning rate; 0: 5e-4; frozen encoder 1e-3; parts and scene 2e-4", group="training")
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05, group="training")
     clip: float = flag(10.0, "largest norm of the gradient", 10, group="training")
-    vote: int = flag(0, "classify: also the mean logits of so many augmented draws of each test cloud", 10, group="evaluation")
+    vote: int = flag(0, "classify: also by the mean logits of so many augmented draws", 10, group="evaluation")
     way: int = flag(5, "classes of a few-shot episode", "5, 10", group="evaluation")
     shot: int = flag(10, "training clouds per class of a few-shot episode", "10, 20", group="evaluation")
     fold: str = flag("all", f"the episode, 0 to {FOLDS - 1}, or all", "all", group="evaluation")
-    predict: str = flag("", "label this cloud, or folder of clouds, with --checkpoint; nothing is trained", group="prediction")
-    category: str = flag("", "the object category of the clouds to --predict the parts of (default: their folder's name)",
-                         group="prediction")
+    predict: str = flag("", "label this cloud or folder of clouds with --checkpoint, train nothing", group="prediction")
+    category: str = flag("", "what the clouds to --predict parts of are (default: their folder's name)", group="prediction")
     features: str = flag("", "with --predict or --task svm: write the (B, 2 C) features to this .npz", group="prediction")
 
 
@@ -101,7 +97,6 @@ def labelled(path, arrays, labels, classes=None, normalized=True):
     if len(arrays) == 0 or labels.size != len(arrays) or labels.dtype.kind not in "iu":
         raise ValueError(f"{path}: found {len(arrays)} clouds and {labels.size} labels of type {labels.dtype}, "
                          "wanted some clouds and a whole number for each")
-    labels = labels.reshape(-1).astype(np.int64)
     classes = classes or [f"class {i}" for i in range(labels.max() + 1)]
     if not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"{path}: found labels {labels.min()} to {labels.max()}, wanted 0 to {len(classes) - 1}")
@@ -110,20 +105,19 @@ def labelled(path, arrays, labels, classes=None, normalized=True):
             raise ValueError(f"{path}: cloud {i} has shape {np.shape(array)}, wanted numbers (points, 3)")
         if not np.isfinite(array[:, :3]).all():
             raise ValueError(f"{path}: cloud {i} has coordinates that are NaN or infinite")
-    points = np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays])
-    offsets = np.cumsum([0, *map(len, arrays)])
+    points = torch.from_numpy(np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays]))
+    offsets, labels = torch.tensor([0, *map(len, arrays)]).cumsum(0), torch.from_numpy(labels.astype(np.int64).ravel())
     names = [f"{Path(path).stem}_{i:05d}" for i in range(len(arrays))]
-    return act.Clouds(torch.from_numpy(points), torch.from_numpy(offsets), names, torch.from_numpy(labels), list(classes),
-                      normalized=normalized)
+    return act.Clouds(points, offsets, names, labels, list(classes), normalized=normalized)
 
 
 def select(clouds, chosen):
     """The clouds numbered `chosen`, in that order, as Clouds."""
     chosen = [int(i) for i in chosen]
     flat = torch.cat([torch.arange(clouds.offsets[i], clouds.offsets[i + 1]) for i in chosen])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), clouds.offsets.diff()[chosen].cumsum(0)])
-    return replace(clouds, points=clouds.points[flat], offsets=offsets, names=[clouds.names[i] for i in chosen],
-                   labels=clouds.labels[chosen], parts=None if clouds.parts is None else clouds.parts[flat])
+    return replace(clouds, points=clouds.points[flat], offsets=F.pad(clouds.offsets.diff()[chosen].cumsum(0), (1, 0)),
+                   names=[clouds.names[i] for i in chosen], labels=clouds.labels[chosen],
+                   parts=None if clouds.parts is None else clouds.parts[flat])
 
 
 def read_h5(path, classes=None, normalized=True):
@@ -157,7 +151,7 @@ class StoredArray(np.ndarray):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays beside plain values, under the names of numpy 1 and 2; nothing else is looked up, so nothing runs."""
+    """Admits numpy's arrays (1's and 2's names) and plain values; nothing else is looked up, so nothing runs."""
     ADMITTED = {
         "numpy.dtype": StoredType, "numpy.ndarray": "ndarray",  # the latter only as an argument of the next
         "numpy.core.multiarray._reconstruct": lambda *kind: StoredArray.__new__(StoredArray, 0),
@@ -182,36 +176,40 @@ def read_pickle(path):
 def read_dat(path, classes):
     """ModelNet's cache: [list of (8192, 6), list of (1,) labels]."""
     content = read_pickle(path)
-    if not isinstance(content, (list, tuple)) or len(content) != 2 or not all(isinstance(part, list) for part in content):
-        raise ValueError(f"{path}: found a {type(content).__name__}, wanted [list of clouds, list of labels]")
     with naming(path):
-        return labelled(path, content[0], np.array([int(np.asarray(label).item()) for label in content[1]]), classes)
+        if not isinstance(content, (list, tuple)) or len(content) != 2:
+            raise ValueError(f"found a {type(content).__name__}, wanted [list of clouds, list of labels]")
+        return labelled(path, *content, classes)
 
 
-def shape_names(root):
-    """ModelNet40's class names in their order, or None."""
-    path = root / "modelnet40_shape_names.txt"
-    return path.read_text().split() if path.is_file() else None
+def read_episode(path, way):
+    """(train, test) of a published few-shot fold, a pickle of {"train": [(points, label, class)], "test": […]}."""
+    content, classes = read_pickle(path), [f"class {i}" for i in range(way)]
+    with naming(path):
+        if not isinstance(content, dict) or not {"train", "test"} <= set(content):
+            raise ValueError(f"found a {type(content).__name__}, wanted a dict with train and test")
+        return [labelled(path, [entry[0] for entry in content[split]], [int(entry[1]) for entry in content[split]], classes)
+                for split in ("train", "test")]
 
 
-def read_modelnet(root, split, cache):
-    """ModelNet40's published .txt folder: modelnet40_shape_names.txt, modelnet40_<split>.txt, <class>/<name>.txt."""
-    lists, classes = root / f"modelnet40_{split}.txt", shape_names(root)
+def read_modelnet(root, split, classes, cache):
+    """ModelNet40's published .txt folder: modelnet40_<split>.txt, a name a line, and <class>/<name>.txt."""
+    lists = root / f"modelnet40_{split}.txt"
     with naming(lists):
         names = lists.read_text().split()
-        files = [f"{name.rpartition('_')[0]}/{name}.txt" for name in names]
-        for name, file in zip(names, files):
-            if file.split("/")[0] not in classes or not (root / file).is_file():
+        kinds = [name.rpartition("_")[0] for name in names]
+        files = [f"{kind}/{name}.txt" for kind, name in zip(kinds, names)]
+        for name, kind, file in zip(names, kinds, files):
+            if kind not in classes or not (root / file).is_file():
                 raise ValueError(f"lists {name}, wanted the file {root / file}, of a class in modelnet40_shape_names.txt")
-        points, offsets = act.cached_points(str(root), files, cache or None)
-    labels = torch.tensor([classes.index(file.split("/")[0]) for file in files])
-    return act.Clouds(torch.from_numpy(points), torch.from_numpy(offsets), names, labels, classes)
+        points, offsets = map(torch.from_numpy, act.cached_points(str(root), files, cache))
+    return act.Clouds(points, offsets, names, torch.tensor([*map(classes.index, kinds)]), classes)
 
 
 def read_npz(path):
-    """(train, test) of a user's .npz; without a split of its own, a fifth by a hash of the clouds' numbers is for testing."""
+    """(train, test) of a user's .npz; where it has no split, a fifth by a hash of the clouds' numbers is for testing."""
     with naming(path), np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+        arrays = dict(file)
         classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
         if {"train_points", "train_labels", "test_points", "test_labels"} <= set(arrays):
             return [labelled(path, arrays[f"{s}_points"], arrays[f"{s}_labels"], classes) for s in ("train", "test")]
@@ -219,40 +217,41 @@ def read_npz(path):
             raise ValueError(f"found {', '.join(arrays)}, wanted points and labels, or train_points, train_labels, "
                              "test_points and test_labels")
         clouds = labelled(path, arrays["points"], arrays["labels"], classes)
-    if len(clouds) < 2:
-        raise ValueError(f"{path}: found one cloud, wanted at least two: one to train on, one to test on")
+        if len(clouds) < 2:
+            raise ValueError("found one cloud, wanted at least two: one to train on, one to test on")
     order = sorted(range(len(clouds)), key=lambda i: hashlib.sha256(clouds.names[i].encode()).digest())
     held_out = max(1, len(clouds) // 5)
     return select(clouds, sorted(order[held_out:])), select(clouds, sorted(order[:held_out]))
 
 
 def open_labelled(config):
-    """(name of the data set, train, test) of --data for classification, recognised by looking."""
-    path, name = Path(config.data), "ModelNet40"
+    """(name of the data set, train, test) of --data, recognised by looking; train is None where folds are published."""
+    path, cache, splits = Path(config.data), config.cache or None, ("train", "test")
     if config.data == "synthetic":
         return "embedded shapes", act.synthetic_clouds(50, seed=0), act.synthetic_clouds(20, seed=1)
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder")
+    if config.task == "fewshot" and (path / f"{config.way}way_{config.shot}shot").is_dir():
+        return "few-shot ModelNet40", None, None
     if any((path / folder).is_dir() for folder, _ in SCAN_FILES.values()) or list(path.glob("training_objectdataset*.h5")):
         folder, file = SCAN_FILES[config.variant]
         path = (path / folder if (path / folder).is_dir() else path) / f"training_{file}"
-    h5 = sorted(path.glob("*.h5")) if path.is_dir() else [path] * (path.suffix == ".h5")
-    h5 = [file for file in h5 if "train" in file.name]
-    if list(path.glob("*_fps.dat")):
-        train, test = (read_dat(path / f"modelnet40_{split}_8192pts_fps.dat", shape_names(path)) for split in ("train", "test"))
-    elif shape_names(path):
-        train, test = (read_modelnet(path, split, config.cache) for split in ("train", "test"))
+    h5 = sorted(path.glob("*train*.h5")) if path.is_dir() else [path] * path.match("*train*.h5")
+    caches, names, name = list(path.glob("*_fps.dat")), path / "modelnet40_shape_names.txt", path.name
+    if caches or names.is_file():
+        name, classes = "ModelNet40", names.read_text().split() if names.is_file() else None
+        train, test = (read_dat(path / f"modelnet40_{split}_8192pts_fps.dat", classes) if caches else
+                       read_modelnet(path, split, classes, cache) for split in splits)
     elif h5:
         if len(h5) > 1:
             raise ValueError(f"--data {path}: found {', '.join(file.name for file in h5)}, wanted one; give its own path")
-        scan = h5[0].name.startswith("training_objectdataset")
-        name = "ScanObjectNN" if scan else path.name
-        pair = h5[0], h5[0].with_name(re.sub("train(ing)?", "test", h5[0].name))
+        scan = h5[0].name.startswith("training_objectdataset")  # used as stored, not normalised
+        name, pair = "ScanObjectNN" if scan else name, (h5[0], h5[0].with_name(re.sub("train(ing)?", "test", h5[0].name)))
         train, test = (read_h5(file, SCAN_CLASSES if scan else None, not scan) for file in pair)
     elif path.suffix == ".npz":
-        name, (train, test) = path.name, read_npz(path)
+        train, test = read_npz(path)
     elif path.is_dir():
-        name, train, test = path.name, *(act.open_clouds(path, split, config.cache or None) for split in ("train", "test"))
+        train, test = (act.open_clouds(path, split, cache) for split in splits)
     else:
         raise ValueError(f"--data {path}: wanted a folder, an .npz or the …train….h5 of a pair")
     if train.labels is None or test.labels is None:
@@ -261,76 +260,69 @@ def open_labelled(config):
     return name, replace(train, classes=classes), replace(test, classes=classes)
 
 
-def read_episode(path, way):
-    """(train, test) of a published few-shot fold, a pickle of {"train": [(points, label, class)], "test": […]}."""
-    content, out = read_pickle(path), []
-    if not isinstance(content, dict) or not {"train", "test"} <= set(content):
-        raise ValueError(f"{path}: found a {type(content).__name__}, wanted a dict with train and test")
-    with naming(path):
-        for split in ("train", "test"):
-            labels = np.array([int(entry[1]) for entry in content[split]])
-            out.append(labelled(path, [entry[0] for entry in content[split]], labels, [f"class {i}" for i in range(way)]))
-    return out
-
-
 def draw_episode(train, test, way, shot, fold):
-    """(train, test) of an episode: `way` classes, `shot` training and QUERIES test clouds (or all there are) of each.
-
-    It depends on the data, way, shot and fold alone.
-    """
-    rng = np.random.default_rng([way, shot, fold])
-    members = [[np.flatnonzero(clouds.labels.cpu().numpy() == c) for c in range(len(train.classes))] for clouds in (train, test)]
-    able = [c for c in range(len(train.classes)) if len(members[0][c]) >= shot and len(members[1][c])]
+    """(train, test) of an episode: `way` classes, `shot` training and at most QUERIES test clouds of each."""
+    rng, out = np.random.default_rng([way, shot, fold]), []  # whatever --seed is: an episode is part of the data
+    members = [[np.flatnonzero(clouds.labels.numpy() == c) for c in range(len(train.classes))] for clouds in (train, test)]
+    able = [c for c, (taught, asked) in enumerate(zip(*members)) if len(taught) >= shot and len(asked)]
     if len(able) < way:
-        raise ValueError(f"--way {way} --shot {shot}: only {len(able)} classes have {shot} training clouds and a test cloud")
-    chosen, out = rng.permutation(able)[:way], []
+        raise ValueError(f"--way {way} --shot {shot}: only {len(able)} classes have {shot} training clouds "
+                         "and a test cloud")
+    chosen = rng.permutation(able)[:way]
     for clouds, own, count in zip((train, test), members, (shot, QUERIES)):
-        drawn = select(clouds, np.concatenate([rng.permutation(own[c])[:count] for c in chosen]))
-        labels = torch.tensor([list(chosen).index(label) for label in drawn.labels.tolist()])
-        out.append(replace(drawn, labels=labels, classes=[train.classes[c] for c in chosen]))
+        drawn = [rng.permutation(own[c])[:count] for c in chosen]
+        labels = torch.arange(way).repeat_interleave(torch.tensor([*map(len, drawn)]))
+        classes = [train.classes[c] for c in chosen]
+        out.append(replace(select(clouds, np.concatenate(drawn)), labels=labels, classes=classes))
     return out
 
 
 def read_shapenet_part(root):
     """(train + val, test) of ShapeNetPart in its published layout, with parts."""
-    with naming(root / "synsetoffset2category.txt"):
-        categories = [line.split() for line in (root / "synsetoffset2category.txt").read_text().splitlines() if line.strip()]
-    wrong = [line for line in categories if len(line) != 2 or line[0] not in SHAPENET_PARTS]
-    if wrong or not categories:
-        raise ValueError(f"{root / 'synsetoffset2category.txt'}: found {' '.join((wrong or [['nothing']])[0])!r}, "
-                         "wanted lines of a category of ShapeNetPart and its synset")
-    classes, synsets, out = [name for name, _ in categories], [synset for _, synset in categories], []
+    table, out = root / "synsetoffset2category.txt", []
+    with naming(table):
+        rows = [line.split() for line in table.read_text().splitlines() if line.strip()] or [["nothing"]]
+        for row in rows:
+            if len(row) != 2 or row[0] not in SHAPENET_PARTS:
+                raise ValueError(f"found {' '.join(row)!r}, wanted lines of a category of ShapeNetPart and its synset")
+    classes, synsets = map(list, zip(*rows))
     for splits in (("train", "val"), ("test",)):
-        arrays, labels = [], []
+        labels, files, arrays = [], [], []
         for lists in [root / "train_test_split" / f"shuffled_{split}_file_list.json" for split in splits]:
             with naming(lists):
-                entries = [entry.split("/")[-2:] for entry in json.loads(lists.read_text())]
-                labels += [synsets.index(synset) for synset, _ in entries]
-            for (synset, model), label in zip(entries, labels[-len(entries):]):
-                path = root / synset / f"{model}.txt"
-                first, last = SHAPENET_PARTS[classes[label]]
-                with naming(path):
-                    array = np.loadtxt(path, ndmin=2)
-                    if array.shape[1] != 7 or not first <= array[:, 6].min() <= array[:, 6].max() < last:
-                        raise ValueError(f"{array.shape[1]} columns, the last {array[:, -1].min():g} to {array[:, -1].max():g}, "
-                                         f"wanted 7, the last a part of a {classes[label]}: {first} to {last - 1}")
+                for synset, model in [entry.split("/")[-2:] for entry in json.loads(lists.read_text())]:
+                    labels.append(synsets.index(synset))
+                    files.append(root / synset / f"{model}.txt")
+        for path, label in zip(files, labels):
+            first, last = SHAPENET_PARTS[classes[label]]
+            with naming(path):
+                array = np.loadtxt(path, ndmin=2)
+                part = array[:, -1]
+                if array.shape[1] != 7 or not first <= part.min() <= part.max() < last:
+                    raise ValueError(f"{array.shape[1]} columns, the last {part.min():g} to {part.max():g}, "
+                                     f"wanted 7, the last a part of a {classes[label]}: {first} to {last - 1}")
                 arrays.append(array[:, [0, 1, 2, 6]])
-        clouds = labelled(root, arrays, np.array(labels), classes)
-        parts = torch.from_numpy(np.concatenate(arrays)[:, 3].astype(np.int64))
-        out.append(replace(clouds, parts=parts, class_parts=[SHAPENET_PARTS[name] for name in classes]))
+        parts = torch.from_numpy(np.concatenate([array[:, 3].astype(np.int64) for array in arrays]))
+        ranges = [SHAPENET_PARTS[name] for name in classes]
+        out.append(replace(labelled(root, arrays, labels, classes), parts=parts, class_parts=ranges))
     return out
 
 
 def compositions(clouds):
     """Of the embedded shapes those made of several parts, classes and parts numbered anew."""
-    kept = [c for c, (first, last) in enumerate(clouds.class_parts) if last - first > 1]
-    chosen = select(clouds, [i for i, label in enumerate(clouds.labels.tolist()) if label in kept])
-    ends = np.cumsum([0] + [clouds.class_parts[c][1] - clouds.class_parts[c][0] for c in kept]).tolist()
-    shift = torch.tensor([end - clouds.class_parts[c][0] for c, end in zip(kept, ends)])
-    labels = torch.tensor([kept.index(label) for label in chosen.labels.tolist()])
-    parts = chosen.parts + shift[labels].repeat_interleave(chosen.offsets.diff())
-    return replace(chosen, labels=labels, parts=parts, classes=[clouds.classes[c] for c in kept],
-                   class_parts=list(zip(ends[:-1], ends[1:])))
+    ranges = torch.tensor(clouds.class_parts)
+    kept = (ranges.diff() > 1).nonzero()[:, 0]  # classes
+    parts = torch.cat([torch.arange(*ranges[c]) for c in kept])
+    chosen = select(clouds, torch.isin(clouds.labels, kept).nonzero())
+    return replace(chosen, labels=torch.searchsorted(kept, chosen.labels), parts=torch.searchsorted(parts, chosen.parts),
+                   classes=[clouds.classes[c] for c in kept], class_parts=torch.searchsorted(parts, ranges[kept]).tolist())
+
+
+def open_parts(config):
+    """(name of the data set, train, test) of --data for part segmentation."""
+    if config.data != "synthetic":
+        return "ShapeNetPart", *read_shapenet_part(Path(config.data))
+    return "embedded compositions", *(compositions(act.synthetic_clouds(n, seed)) for seed, n in enumerate((50, 20)))
 
 
 class Room(NamedTuple):
@@ -339,90 +331,82 @@ class Room(NamedTuple):
     name: str
     xyz: np.ndarray  # (n, 3) float32
     labels: np.ndarray  # (n,) uint8
-    boxes: list = []  # of an embedded room: [(class, lowest (3,), highest (3,))] of its objects
 
 
-def read_s3dis(root):
-    """The Rooms of S3DIS: every Area_<a>_<room>.npy, (n, 7) = x y z r g b label."""
-    rooms = []
-    for path in sorted(Path(root).glob("Area_*_*.npy")):
-        with naming(path):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.ndim != 2 or array.shape[1] != 7 or not len(array) or array.dtype.kind not in "fiu":
-                raise ValueError(f"found an array of shape {array.shape}, wanted (n, 7): x y z r g b label")
-            xyz, label = np.array(array[:, :3], np.float32), np.array(array[:, 6])
-            if not np.isfinite(xyz).all() or not ((label >= 0) & (label < 13)).all():
-                raise ValueError("found coordinates that are not finite or labels beyond 0 to 12, wanted neither")
-            rooms.append(Room(int(path.stem.split("_")[1]), path.stem, xyz, label.astype(np.uint8)))
-    if not rooms:
-        raise ValueError(f"--data {root}: found no rooms, wanted Area_<number>_<room>.npy")
-    return rooms
+def read_room(path):
+    """A room of S3DIS: Area_<a>_<room>.npy, (n, 7) = x y z r g b label."""
+    with naming(path):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim != 2 or array.shape[1] != 7 or not len(array) or array.dtype.kind not in "fiu":
+            raise ValueError(f"found an array of shape {array.shape}, wanted (n, 7): x y z r g b label")
+        xyz, labels = np.array(array[:, :3], np.float32), np.array(array[:, 6])
+        if not np.isfinite(xyz).all() or not ((labels >= 0) & (labels < len(S3DIS_CLASSES))).all():
+            raise ValueError("found coordinates that are not finite or labels beyond 0 to 12, wanted neither")
+        return Room(int(path.stem.split("_")[1]), path.stem, xyz, labels.astype(np.uint8))
 
 
 def synthetic_room(density, rng):
-    """An embedded room of `density` points per square metre: points (n, 3), labels (n,) into ROOM_CLASSES, boxes of its objects.
+    """An embedded room, `density` points per m²: points (n, 3), labels (n,) into ROOM_CLASSES, boxes of its objects.
 
-    Floor, ceiling, four walls, and up to seven pieces of furniture that stand on the floor, turned, and do not overlap.
+    Floor, ceiling, four walls, and up to seven pieces of furniture that stand on the floor, turned, and do not overlap;
+    a box is (class, lowest (3,), highest (3,)).
     """
-    w, d, h = rng.uniform(2.5, 4, 2).tolist() + [rng.uniform(2.3, 2.8)]
-    points, labels, boxes = [], [], []
-    for label, axis, value in ((0, 2, h), (1, 2, 0), (2, 0, 0), (2, 0, w), (2, 1, 0), (2, 1, d)):
-        size = np.array([w, d, h])
+    size, pieces, boxes = np.append(rng.uniform(2.5, 4, 2), rng.uniform(2.3, 2.8)), [], []
+    for label, axis, far in ((0, 2, 1), (1, 2, 0), (2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)):
         plane = rng.random((int(density * np.delete(size, axis).prod()), 3)) * size
-        plane[:, axis] = value
-        points.append(plane)
-        labels.append(np.full(len(plane), label))
+        plane[:, axis] = far * size[axis]
+        pieces.append((label, plane))
     for _ in range(rng.integers(4, 8)):
         label = int(rng.integers(3, len(ROOM_CLASSES)))
-        xyz = 0.6 * act.synthetic_cloud(ROOM_CLASSES[label], int(2.5 * density), rng)[0]
+        x, z, y = 0.6 * act.synthetic_cloud(ROOM_CLASSES[label], int(2.5 * density), rng)[0].T  # the shapes have y up
         turn = rng.uniform(0, 2 * math.pi)
-        x, z, y = xyz.T  # the shapes have y up
         xyz = np.stack([math.cos(turn) * x - math.sin(turn) * y, math.sin(turn) * x + math.cos(turn) * y, z], 1)
         xyz -= xyz.min(0)
-        room = np.array([w, d, h]) - xyz.max(0)
-        for _ in range(20 if (room > 0.1).all() else 0):
-            low = np.append(rng.uniform(0.05, room[:2] - 0.05 + 1e-9), 0)
+        free = size - xyz.max(0)
+        for _ in range(20 if (free > 0.1).all() else 0):
+            low = np.append(rng.uniform(0.05, free[:2] - 0.05 + 1e-9), 0)
             high = low + xyz.max(0)
             if all((high[:2] < b[:2]).any() or (t[:2] < low[:2]).any() for _, b, t in boxes):
-                points.append(xyz + low)
-                labels.append(np.full(len(xyz), label))
+                pieces.append((label, xyz + low))
                 boxes.append((label, low, high))
                 break
-    points = np.concatenate(points) + 0.01 * rng.normal(size=(sum(map(len, points)), 3))
-    return points.astype(np.float32), np.concatenate(labels).astype(np.uint8), boxes
+    labels = np.concatenate([np.full(len(xyz), label, np.uint8) for label, xyz in pieces])
+    points = np.concatenate([xyz for _, xyz in pieces])
+    return (points + 0.01 * rng.normal(size=points.shape)).astype(np.float32), labels, boxes
 
 
 def open_rooms(config):
     """(train, test) Rooms: those of --area are held out; embedded: three in each of six areas, as dense as blocks want."""
     if config.data == "synthetic":
-        rooms = [Room(a, f"Area_{a}_room_{i}", *synthetic_room(0.6 * config.points, np.random.default_rng([a, i])))
+        rooms = [Room(a, f"Area_{a}_room_{i}", *synthetic_room(0.6 * config.points, np.random.default_rng([a, i]))[:2])
                  for a in range(1, 7) for i in range(1, 4)]
     else:
-        rooms = read_s3dis(config.data)
+        rooms = [read_room(path) for path in sorted(Path(config.data).glob("Area_*_*.npy"))]
+    if not rooms:
+        raise ValueError(f"--data {config.data}: found no rooms, wanted Area_<number>_<room>.npy")
     train, test = ([room for room in rooms if (room.area == config.area) == held_out] for held_out in (False, True))
     if not train or not test:
-        raise ValueError(f"--area {config.area}: found the areas {sorted({room.area for room in rooms})}, wanted one of several")
+        raise ValueError(f"--area {config.area}: found the areas {sorted({r.area for r in rooms})}, wanted one of several")
     return train, test
 
 
 # -- clouds as the networks take them ---------------------------------------------------------------------------------
 
 def thin(clouds, num_points, device):
-    """Each cloud's farthest points, 75/64 of num_points or all there are: 1200 of which 1024 are drawn, 2400 of 2048 (Sec. 5).
+    """Each cloud's farthest points, 75/64 of num_points or all there are: 1200 to draw 1024 of, 2400 for 2048 (Sec. 5).
 
-    They come in the order found, so that the first num_points are those a test cloud is judged by; a cloud of no more than
-    num_points stays as it is.
+    They come in the order found: a test cloud is judged by the first num_points. One of no more than those stays as it is.
     """
-    sizes, kept = clouds.offsets.diff(), []
+    kept = []
     for rows in torch.arange(len(clouds)).split(64):
-        width = 1 << (int(sizes[rows].max()) - 1).bit_length()  # few different widths: a GPU captures a graph for each
+        start, sizes = clouds.offsets[rows], clouds.offsets.diff()[rows]
+        width = 1 << (int(sizes.max()) - 1).bit_length()  # few different widths: a GPU captures a graph for each
         position = torch.arange(width)
-        index = clouds.offsets[rows][:, None] + torch.where(position < sizes[rows][:, None], position, 0)  # (64, width)
-        count, order = min(num_points * 75 // 64, width), index
+        order = index = start[:, None] + torch.where(position < sizes[:, None], position, 0)  # (64, width)
         if width > num_points:
-            order = index.gather(1, act.farthest_point_sample(clouds.points[index].to(device), count).cpu())
-        for i, size in enumerate(sizes[rows].tolist()):
-            kept.append(index[i, :size] if size <= num_points else order[i, :min(count, size)])
+            farthest = act.farthest_point_sample(clouds.points[index].to(device), min(num_points * 75 // 64, width))
+            order = index.gather(1, farthest.cpu())
+        kept += [(own if size <= num_points else far)[:size] for own, far, size in zip(index, order, sizes.tolist())]
     offsets = torch.tensor([0, *map(len, kept)]).cumsum(0)
     return replace(clouds, points=clouds.points[torch.cat(kept)], offsets=offsets, parts=None).to(device)
 
@@ -435,7 +419,7 @@ def first_points(clouds, indices, num_points):
 
 
 def draw_repeated(clouds, indices, num_points, generator):
-    """num_points of each cloud drawn with replacement, ShapeNetPart's rule, and normalised -> xyz (B, N, 3), parts (B, N)."""
+    """num_points of each cloud with replacement, ShapeNetPart's rule, normalised -> xyz (B, N, 3), parts (B, N)."""
     start, size = clouds.offsets[indices][:, None], clouds.offsets.diff()[indices][:, None]
     turn = (torch.rand(len(indices), num_points, generator=generator, device=start.device) * size).long()
     flat = start + turn.minimum(size - 1)
@@ -443,11 +427,11 @@ def draw_repeated(clouds, indices, num_points, generator):
 
 
 def augment(xyz, kind, generator, task="classify"):
-    """The named augmentation of (B, N, 3); rooms turn about z; parts and rooms are scaled less, alike on all axes (Sec. 5)."""
-    if kind == "rotate":
-        return act.rotate_y(xyz.roll(-1, 2), generator).roll(1, 2) if task == "scene" else act.rotate_y(xyz, generator)
+    """The named augmentation of (B, N, 3); rooms turn about z; parts and rooms are scaled less, alike on all axes."""
     if kind == "none":
         return xyz
+    if kind == "rotate":
+        return act.rotate_y(xyz.roll(-1, 2), generator).roll(1, 2) if task == "scene" else act.rotate_y(xyz, generator)
     return act.scale_translate(xyz, generator, *(((0.8, 1.25), 0.1, False) if task in ("parts", "scene") else ()))
 
 
@@ -471,7 +455,7 @@ def iou(matrix):
 
 
 def shape_iou(truth, predicted, parts):
-    """Mean IoU in percent over the parts range(*parts) of one shape's category; one absent in truth and prediction counts 1."""
+    """Mean IoU in percent over the parts range(*parts) of a shape's category; one in neither truth nor answer is 100."""
     first, last = parts
     inside = (predicted >= first) & (predicted < last)  # what is called a foreign part is in no union but its truth's
     matrix = confusion(truth - first, torch.where(inside, predicted - first, last - first), last - first + 1)
@@ -481,7 +465,7 @@ def shape_iou(truth, predicted, parts):
 # -- model ------------------------------------------------------------------------------------------------------------
 
 def start_model(config, build, device):
-    """build(sizes) -> a network whose encoder comes from --checkpoint, its sizes too; says what is loaded and what is fresh.
+    """build(sizes) -> a network, its encoder and sizes those of --checkpoint; says what is loaded and what is fresh.
 
     A patch for every 16 points, as in the paper, of the size the checkpoint was trained with.
     """
@@ -493,31 +477,28 @@ def start_model(config, build, device):
         return model.to(device)
     if not Path(path).is_file():
         raise ValueError(f"--checkpoint {path}: no such file; train_student.py writes one, none starts from scratch")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as said:  # load warns where a file has no class token
         warnings.simplefilter("always")
         source = act.load(path)
     if isinstance(source, act.Teacher):
         raise ValueError(f"--checkpoint {path}: holds a Teacher, wanted a Student, Classifier or Segmenter")
     for name in ("width", "depth", "num_heads", "encoder_dims", "drop_path", "group_size"):
         sizes[name] = getattr(source.config, name)
-    torch.manual_seed(config.seed)  # the file's network drew numbers of its own
+    torch.manual_seed(config.seed)  # again, for the file's network drew numbers of its own
     model, of_file = build(sizes), source.encoder.state_dict()
     wanted = model.encoder.state_dict()
-    # load warns where a file has no class token
     given = {k: v for k, v in of_file.items() if k in wanted and not (said and k.startswith("cls_"))}
     fresh = [name for name in ("cls_token", "cls_pos") if name in wanted and name not in given]
     act.load_exactly(model.encoder, given, path, fresh)
-    fresh += sorted({name for name, _ in model.named_children()} - {"encoder"})
+    fresh += sorted(name for name, _ in model.named_children() if name != "encoder")
     unused = sorted({key.split(".")[0] for key in source.state_dict()} - {"encoder"} | of_file.keys() - wanted.keys())
-    say(f"loaded the encoder, all {len(given)} tensors, from the {type(source).__name__} in {path}; fresh: {', '.join(fresh)}; "
-        f"of the file not used: {', '.join(unused) or 'nothing'}")
+    say(f"loaded the encoder, all {len(given)} tensors, from the {type(source).__name__} in {path}; "
+        f"fresh: {', '.join(fresh)}; of the file not used: {', '.join(unused) or 'nothing'}")
     return model.to(device)
 
 
 def features(model, xyz):
     """Frozen features [class token ; max] of a Student or Classifier: (B, N, 3) -> (B, 2 C)."""
-    if isinstance(model, (act.Teacher, act.Segmenter)):
-        raise ValueError(f"--features: the checkpoint holds a {type(model).__name__}, wanted a Student or Classifier")
     return act.global_feature(model.encoder(*act.group_points(xyz, model.config.num_group, model.config.group_size)))
 
 
@@ -537,35 +518,33 @@ class Classification:
         model = act.Classifier(act.ClassifierConfig(**sizes, num_classes=len(self.classes), head=head))
         return model if self.config.protocol == "full" else model.freeze_encoder()
 
-    def loss(self, net, indices, generator, step, share):
-        xyz, _ = self.train.draw(indices, self.config.points, generator)
-        xyz = augment(xyz, self.config.augment, generator)
-        return F.cross_entropy(net(xyz[share]).float(), self.train.labels[indices.to(self.device)][share])
+    def loss(self, net, step, indices, generator, share):
+        xyz = augment(self.train.draw(indices, self.config.points, generator)[0], self.config.augment, generator)
+        return F.cross_entropy(net(xyz[share]).float(), self.train.labels[indices.to(self.device)][share]), {}
 
     @torch.no_grad()
-    def matrix(self, model, draws=0):
-        """Confusion of the test clouds: by the farthest points as they are, or by the mean logits of augmented draws."""
+    def figures(self, model, draws=0):
+        """Accuracies and confusion: by the test clouds' farthest points, or by the mean logits of augmented draws."""
         model.eval()
         logits = torch.zeros(len(self.test), len(self.classes), device=self.device)
         for indices in torch.arange(len(self.test), device=self.device).split(64):
-            for draw in range(max(1, draws)):
-                xyz = first_points(self.test, indices, self.config.points)
-                if draws:
-                    generator = act.seeded(self.device, self.config.seed, "vote", draw, int(indices[0]))
-                    xyz, _ = self.test.draw(indices, self.config.points, generator)
-                    xyz = augment(xyz, self.config.augment, generator)
+            if not draws:
+                logits[indices] = model(first_points(self.test, indices, self.config.points)).float()
+            for draw in range(draws):
+                generator = act.seeded(self.device, self.config.seed, "vote", draw, int(indices[0]))
+                xyz = augment(self.test.draw(indices, self.config.points, generator)[0], self.config.augment, generator)
                 logits[indices] += model(xyz).float()
-        return confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
+        matrix = confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
+        return dict(zip(("accuracy", "mean_accuracy"), accuracy(matrix))), matrix
 
     def evaluate(self, model):
-        """Figures after an epoch; of a few-shot episode after the last one only."""
-        return {} if self.config.task == "fewshot" else dict(zip(("accuracy", "mean_accuracy"), accuracy(self.matrix(model))))
+        """After an epoch; a few-shot episode is judged after its last one only."""
+        return {} if self.config.task == "fewshot" else self.figures(model)[0]
 
     def finish(self, model):
-        matrix = self.matrix(model)
-        figures = dict(zip(("accuracy", "mean_accuracy"), accuracy(matrix)))
+        figures, matrix = self.figures(model)
         if self.config.vote:
-            figures.update(zip(("vote_accuracy", "vote_mean_accuracy"), accuracy(self.matrix(model, self.config.vote))))
+            figures.update({f"vote_{name}": value for name, value in self.figures(model, self.config.vote)[0].items()})
         title = f"{figures['accuracy']:.1f} % of {len(self.test)} clouds"
         return figures, [("confusion", act.plot_matrix(matrix.numpy(), self.classes, title))]
 
@@ -579,16 +558,17 @@ class Parts:
         act.check_distinct(self.test, config.points // 16)
         part = torch.arange(max(last for _, last in self.ranges), device=device)
         self.allowed = torch.stack([(part >= first) & (part < last) for first, last in self.ranges])  # (categories, parts)
-        self.extra = dict(task="parts", classes=self.classes, class_parts=[list(r) for r in self.ranges], points=config.points)
+        self.extra = dict(task="parts", classes=self.classes, class_parts=self.ranges, points=config.points)
 
     def build(self, sizes):
-        return act.Segmenter(act.SegmenterConfig(**sizes, num_parts=self.allowed.shape[1], num_categories=len(self.classes)))
+        categories, parts = self.allowed.shape
+        return act.Segmenter(act.SegmenterConfig(**sizes, num_parts=parts, num_categories=categories))
 
-    def loss(self, net, indices, generator, step, share):
+    def loss(self, net, step, indices, generator, share):
         indices = indices.to(self.device)
         xyz, parts = draw_repeated(self.train, indices, self.config.points, generator)
-        xyz = augment(xyz, self.config.augment, generator, "parts")
-        return F.cross_entropy(net(xyz[share], self.train.labels[indices][share]).float().flatten(0, 1), parts[share].flatten())
+        logits = net(augment(xyz, self.config.augment, generator, "parts")[share], self.train.labels[indices][share])
+        return F.cross_entropy(logits.float().flatten(0, 1), parts[share].flatten()), {}
 
     @torch.no_grad()
     def answers(self, model, indices):
@@ -599,19 +579,17 @@ class Parts:
         return xyz.cpu(), truth.cpu(), logits.argmax(dim=-1).cpu()
 
     def evaluate(self, model):
-        ious, hits, labels = [], [], self.test.labels.cpu()
-        for indices in torch.arange(len(self.test), device=self.device).split(32):
-            _, truth, predicted = self.answers(model, indices)
-            hits.append(truth == predicted)
-            ious += [shape_iou(t, p, self.ranges[labels[i]]) for t, p, i in zip(truth, predicted, indices.tolist())]
+        batches, labels = torch.arange(len(self.test), device=self.device).split(32), self.test.labels.cpu()
+        truth, predicted = map(torch.cat, zip(*(self.answers(model, indices)[1:] for indices in batches)))
+        ious = [shape_iou(t, p, self.ranges[c]) for t, p, c in zip(truth, predicted, labels)]
         ious = torch.tensor(ious, dtype=torch.float64)
         each = torch.stack([ious[labels == c].mean() for c in labels.unique()])
         return dict(instance_miou=ious.mean().item(), class_miou=each.mean().item(),
-                    accuracy=100 * torch.cat(hits).double().mean().item())
+                    accuracy=100 * (truth == predicted).double().mean().item())
 
     def finish(self, model):
         fixed = torch.arange(0, len(self.test), max(1, len(self.test) // 6), device=self.device)[:6]
-        rows, labels = [], [int(self.test.labels[i]) for i in fixed]
+        rows, labels = [], self.test.labels[fixed].tolist()
         for xyz, truth, predicted, label in zip(*self.answers(model, fixed), labels):
             first, last = self.ranges[label]
             rows.append([(xyz.numpy(), act.palette(last - first)[part.numpy() - first]) for part in (truth, predicted)])
@@ -637,9 +615,9 @@ class Blocks:
     def draw(self, index, rng):
         """A 1 m x 1 m block about a random point, centred on it in x and y: xyz (num_points, 3), labels (num_points,).
 
-        Of blocks that hold more than num_points / 2 points (1024 of 2048, Sec. 5); fewer than num_points are drawn repeatedly.
+        It holds more than num_points / 2 points (1024 of 2048, Sec. 5); fewer than num_points are drawn repeatedly.
         """
-        _, name, xyz, labels, _ = self.rooms[index]
+        _, name, xyz, labels = self.rooms[index]
         for _ in range(200):
             center = xyz[rng.integers(len(xyz)), :2]
             near = slice(*np.searchsorted(xyz[:, 0], [center[0] - 0.5, center[0] + 0.5]))
@@ -651,18 +629,17 @@ class Blocks:
                          f"{self.num_points // 2} of its {len(xyz)} points: lower --points")
 
 
-def room_blocks(xyz, size=1.0, stride=0.5):
-    """Blocks over a whole room, the last flush with its far walls: [(indices of the points, origin (3,))]; none is empty."""
+def room_blocks(xyz):
+    """1 m x 1 m blocks over a room, 0.5 m apart, the last flush with its walls: [(indices of the points, origin (3,))]."""
     low, high = xyz[:, :2].min(0).astype(np.float64), xyz[:, :2].max(0).astype(np.float64)
-    starts = [np.minimum(a + stride * np.arange(math.ceil(max(b - a - size, 0) / stride) + 1), max(a, b - size))
-              for a, b in zip(low, high)]
-    blocks = []
-    for x in starts[0]:
-        column = np.flatnonzero(abs(xyz[:, 0] - x - size / 2) <= size / 2 + 1e-3)  # rounding loses no point at a wall
-        for y in starts[1]:
-            inside = column[abs(xyz[column, 1] - y - size / 2) <= size / 2 + 1e-3]
+    last, blocks = np.maximum(low, high - 1), []
+    xs, ys = (np.minimum(a + np.arange(math.ceil(2 * (b - a)) + 1) / 2, b) + 0.5 for a, b in zip(low, last))  # centres
+    for x in xs:
+        column = np.flatnonzero(abs(xyz[:, 0] - x) <= 0.501)  # rounding loses no point at a wall
+        for y in ys:
+            inside = column[abs(xyz[column, 1] - y) <= 0.501]
             if len(inside):
-                blocks.append((inside, np.array([x + size / 2, y + size / 2, 0])))
+                blocks.append((inside, np.array([x, y, 0])))
     return blocks
 
 
@@ -670,7 +647,7 @@ def room_blocks(xyz, size=1.0, stride=0.5):
 def label_points(model, xyz, blocks, num_points, category=None):
     """Mean probabilities (n, classes) of every point of xyz (n, 3), over the blocks it lies in.
 
-    Each block is cut at random into sets of num_points, the last one filled up with points of the others. With a category the
+    Each block is cut at random into sets of num_points, the last filled up with points of the others. With a category the
     sets are normalised, as objects are; without, they are moved by the block's origin, as rooms are.
     """
     rng, device, sets = np.random.default_rng(0), next(model.parameters()).device, []
@@ -699,20 +676,20 @@ class Scenes:
     def build(self, sizes):
         return act.Segmenter(act.SegmenterConfig(**sizes, num_parts=len(self.classes), num_categories=0))
 
-    def loss(self, net, indices, generator, step, share):
+    def loss(self, net, step, indices, generator, share):
         drawn = [self.train.draw(i, np.random.default_rng([self.config.seed, step, i])) for i in indices.tolist()]
         xyz, labels = (torch.from_numpy(np.stack(part)).to(self.device) for part in zip(*drawn))
-        xyz, labels = augment(xyz, self.config.augment, generator, "scene"), labels.long()
-        total = F.cross_entropy(net(xyz[share]).float().flatten(0, 1), labels[share].flatten(), self.weight, reduction="sum")
+        logits, labels = net(augment(xyz, self.config.augment, generator, "scene")[share]), labels.long()
+        total = F.cross_entropy(logits.float().flatten(0, 1), labels[share].flatten(), self.weight, reduction="sum")
         # the weighted mean over the whole batch, as a mean over the clouds of this process
-        return total / self.weight[labels].sum() * len(labels) / len(labels[share])
+        return total / self.weight[labels].sum() * len(labels) / len(labels[share]), {}
 
     def evaluate(self, model):
         return {}  # every point of every room takes long: after the last epoch only
 
     def finish(self, model):
         """Figures of all held-out rooms together, the table of classes, and two rooms without their ceiling and walls."""
-        matrix, rows = 0, []
+        matrix, rows, colors = 0, [], act.palette(len(self.classes))
         for room in self.test:
             predicted = label_points(model, room.xyz, room_blocks(room.xyz), self.config.points).argmax(dim=1)
             matrix = matrix + confusion(room.labels, predicted, len(self.classes))
@@ -720,12 +697,11 @@ class Scenes:
                 shown = np.flatnonzero((room.labels != 0) & (room.labels != 2))
                 shown = (shown if len(shown) > 1 else np.arange(len(predicted)))[:: len(predicted) // 30_000 + 1]
                 up = act.normalize(room.xyz[shown][:, [0, 2, 1]] * [1, 1, -1])
-                colors = act.palette(len(self.classes))
                 rows.append([(up, colors[labels[shown]]) for labels in (room.labels, predicted.numpy())])
-        each, (overall, mean), counts = iou(matrix).tolist(), accuracy(matrix), matrix.sum(1).tolist()
+        each, (overall, mean) = iou(matrix).tolist(), accuracy(matrix)
         say(f"{'class':12}{'IoU':>8}{'accuracy':>10}{'points':>12}")
-        for label, value, hits, count in zip(self.classes, each, matrix.diag().tolist(), counts):
-            say(f"{label:12}{value:8.1f}{100 * hits / count if count else math.nan:10.1f}{count:12d}")
+        for label, value, hits, count in zip(self.classes, each, matrix.diag(), matrix.sum(1)):
+            say(f"{label:12}{value:8.1f}{100 * hits / count:10.1f}{count:12d}")
         figures = dict(accuracy=overall, mean_accuracy=mean, miou=float(np.nanmean(each)))
         figures.update({f"iou_{label}": value for label, value in zip(self.classes, each)})
         return figures, [("scene", (rows, ["truth", "prediction"], [room.name for room in self.test[:2]]))]
@@ -735,20 +711,15 @@ class Scenes:
 
 def fit(config, task, rank):
     """Trains and judges a network for a task -> its figures, in process 0."""
-    # -- model --------------------------------------------------------------------------------------------------------
+    # -- model, optimizer, resume -------------------------------------------------------------------------------------
     if min(config.batch_size, len(task.train)) < 2:
-        raise ValueError(f"--batch-size {config.batch_size} of {len(task.train)} clouds: BatchNorm wants at least 2 in a batch")
+        raise ValueError(f"--batch-size {config.batch_size} of {len(task.train)} clouds: BatchNorm wants at least 2")
     model = start_model(config, task.build, task.device)
-
-    # -- optimizer, resume --------------------------------------------------------------------------------------------
     run = act.Run(config, model, task.train, config.weight_decay, config.clip, task.extra)
 
+    # -- loop ---------------------------------------------------------------------------------------------------------
     def schedule(step):
         return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-6, 10 * run.per_epoch))
-
-    # -- loop ---------------------------------------------------------------------------------------------------------
-    def loss(net, step, indices, generator, share):
-        return task.loss(net, indices, generator, step, share), {}
 
     def finish_epoch(epoch):
         figures = task.evaluate(model) if rank == 0 else {}
@@ -757,9 +728,7 @@ def fit(config, task, rank):
                 run.extra.update({f"best_{name}": figures[name], "best_epoch": epoch})
         return figures
 
-    run.train(schedule, loss, finish_epoch)
-
-    # -- results ------------------------------------------------------------------------------------------------------
+    run.train(schedule, task.loss, finish_epoch)
     if rank == 0:
         figures, pictures = task.finish(model)
         figures.update({name: value for name, value in run.extra.items() if name.startswith("best_")})
@@ -767,12 +736,11 @@ def fit(config, task, rank):
         return figures
 
 
-@torch.no_grad()
-def report(config, words, figures, summary=False):
-    """The closing line; and, of what is not one run of training, the closing object of metrics.jsonl."""
+def report(config, words, figures=None):
+    """The closing line; with figures, of what is not one run of training, also the closing object of metrics.jsonl."""
     kind = f"{config.task}, protocol {config.protocol}" if config.task in ("classify", "fewshot") else config.task
     say(f"{kind}, {config.data}, " + f"augmentation {config.augment}: " * (config.task != "svm") + words)
-    if summary:
+    if figures:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         with open(Path(config.out) / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"epoch": 0, "step": 0, "seconds": 0.0, **figures}) + "\n")
@@ -792,7 +760,7 @@ def fewshot(config, device, rank, train, test):
     if rank == 0:
         mean, std = np.mean(accuracies).item(), np.std(accuracies, ddof=len(accuracies) > 1).item()
         words = f"{config.way}-way {config.shot}-shot: {mean:.1f} ± {std:.1f} % over {len(accuracies)} folds, last epochs"
-        report(config, words, dict(accuracy=mean, accuracy_std=std, folds=accuracies), summary=True)
+        report(config, words, dict(accuracy=mean, accuracy_std=std, folds=accuracies))
 
 
 @torch.no_grad()
@@ -805,9 +773,10 @@ def svm(config, device, train, test):
         found.append(torch.cat([features(model, first_points(clouds, indices, config.points)) for indices in batches]))
     result = act.svm_accuracy(found[0], task.train.labels, found[1], task.test.labels)
     if config.features:
-        labels = torch.cat([task.train.labels, task.test.labels]).cpu().numpy()
-        write_arrays(config.features, features=torch.cat(found).cpu().numpy(), names=train.names + test.names, labels=labels)
-    report(config, f"a linear SVM labels {result:.1f} % of {len(test)} test clouds right", dict(accuracy=result), summary=True)
+        labels = torch.cat([train.labels, test.labels]).numpy()
+        found = torch.cat(found).cpu().numpy()
+        write_arrays(config.features, features=found, names=train.names + test.names, labels=labels)
+    report(config, f"a linear SVM labels {result:.1f} % of {len(test)} test clouds right", dict(accuracy=result))
 
 
 def write_arrays(path, **arrays):
@@ -820,66 +789,65 @@ def write_arrays(path, **arrays):
 
 @torch.no_grad()
 def predict(config, device):
-    """--predict: a table of labels; --features: those; of a segmenter each cloud with its labels as .npz and .ply in --out."""
+    """--predict: a table of labels, and of a segmenter each cloud with its labels in --out; --features: a file of them."""
     path = Path(config.predict)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in act.READERS)
+    root, files = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
+    files = {str(file.relative_to(root)): file for file in files if file == path or file.suffix.lower() in act.READERS}
     if not files:
         raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(act.READERS)}")
-    names = [str(f.relative_to(path.parent if path.is_file() else path)) for f in files]
     model, extra = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint).get("extra") or {}
-    if isinstance(model, act.Segmenter) and not config.features:
-        return predict_points(config, model, extra, dict(zip(names, files)))
-    if not config.features and not isinstance(model, act.Classifier):
-        raise ValueError(f"--checkpoint {config.checkpoint}: holds a {type(model).__name__}, wanted a Classifier or Segmenter "
-                         "that finetune.py wrote (or --features FILE)")
     points, normalized = config.points or extra.get("points", 16 * model.config.num_group), extra.get("normalized", True)
-    found, probabilities = [], []
-    for file in files:
-        xyz = torch.from_numpy(act.read_points(file))
-        xyz = act.unit_sphere(xyz[None])[0] if normalized else xyz.float()
-        cloud = act.Clouds(xyz, torch.tensor([0, len(xyz)]), [str(file)], normalized=normalized)
-        act.check_distinct(cloud, model.config.num_group)
-        xyz = first_points(thin(cloud, points, device), torch.zeros(1, dtype=torch.long, device=device), points)
-        if config.features:
-            found.append(features(model, xyz).cpu())
-        if isinstance(model, act.Classifier):
-            probabilities.append(model(xyz).float().softmax(dim=1))
+    kind = type(model).__name__
+    if config.features and kind not in ("Student", "Classifier"):
+        raise ValueError(f"--features: the checkpoint holds a {kind}, wanted a Student or Classifier")
+    if not config.features and kind not in ("Classifier", "Segmenter"):
+        raise ValueError(f"--checkpoint {config.checkpoint}: holds a {kind}, wanted a Classifier or Segmenter "
+                         "that finetune.py wrote (or --features FILE)")
+    if kind == "Segmenter":
+        return predict_points(config, model, extra, points, files)
+    # normalised before they are rounded to float32: coordinates may be large
+    arrays = [(act.read_cloud if normalized else act.read_points)(file) for file in files.values()]
+    clouds = labelled(path, arrays, np.zeros(len(arrays), int), normalized=normalized)
+    act.check_distinct(replace(clouds, names=[*map(str, files.values())]), model.config.num_group)
+    clouds = thin(clouds, points, device)
+    inputs = [first_points(clouds, indices, points) for indices in torch.arange(len(clouds), device=device).split(64)]
     if config.features:
-        write_arrays(config.features, features=torch.cat(found).numpy(), names=names)
-        say(f"{config.features} holds the features of {len(names)} clouds, {found[0].shape[1]} each")
-    if probabilities:
+        found = torch.cat([features(model, xyz) for xyz in inputs]).cpu().numpy()
+        write_arrays(config.features, features=found, names=list(files))
+        say(f"{config.features} holds the features of {len(found)} clouds, {found.shape[1]} each")
+    if kind == "Classifier":
         classes = extra.get("classes") or [f"class {i}" for i in range(model.config.num_classes)]
-        width = [max(map(len, column)) + 2 for column in (["file", *names], ["label", *classes])]
+        width = [max(map(len, column)) + 2 for column in (["file", *files], ["label", *classes])]
         say(f"{'file':{width[0]}}{'label':{width[1]}}{'probability':13}second guess")
-        for name, row in zip(names, torch.cat(probabilities)):
+        for name, row in zip(files, torch.cat([model(xyz).float().softmax(dim=1) for xyz in inputs])):
             (best, value), *rest = [(classes[i], row[i]) for i in row.argsort(descending=True).tolist()]
             say(f"{name:{width[0]}}{best:{width[1]}}{value:<13.3f}" + (f"{rest[0][0]} {rest[0][1]:.3f}" if rest else ""))
 
 
-def predict_points(config, model, extra, files):
+def predict_points(config, model, extra, points, files):
     """Every point of every file labelled; the table tells each cloud's labels by their share of its points."""
-    c = model.config
-    classes = extra.get("classes") or (list(SHAPENET_PARTS) if c.num_categories else [f"class {i}" for i in range(c.num_parts)])
-    ranges = extra.get("class_parts") or list(SHAPENET_PARTS.values())
-    points, width = config.points or extra.get("points", 16 * c.num_group), max(map(len, ["file", *files])) + 2
+    c, width = model.config, max(map(len, ["file", *files])) + 2
+    classes = list(SHAPENET_PARTS) if c.num_categories else [f"class {i}" for i in range(c.num_parts)]
+    classes, ranges = extra.get("classes") or classes, extra.get("class_parts") or list(SHAPENET_PARTS.values())
     say(f"{'file':{width}}{'points':>9}  labels by share of points")
     for name, file in files.items():
         xyz, category, known = act.read_points(file), None, dict(enumerate(classes))
-        blocks = room_blocks(xyz)
         if c.num_categories:
             kind = config.category or file.resolve().parent.name
             if kind not in classes:
-                raise ValueError(f"{file}: {kind!r} is none of the checkpoint's categories, wanted --category, or a folder named "
-                                 f"one of {', '.join(classes)}")
+                raise ValueError(f"{file}: {kind!r} is none of the checkpoint's categories, wanted --category, "
+                                 f"or a folder named one of {', '.join(classes)}")
             category, blocks = classes.index(kind), [(np.arange(len(xyz)), np.zeros(3))]
             known = {part: f"{kind} part {part}" for part in range(*ranges[category])}
+        else:
+            blocks = room_blocks(xyz)
         votes = label_points(model, xyz, blocks, points, category)[:, list(known)]
         labels = np.array(list(known))[votes.argmax(dim=1).numpy()]
         target = Path(config.out) / name.replace("/", "-")
-        write_arrays(f"{target}.npz", points=xyz, labels=labels, label_numbers=list(known), label_names=list(known.values()))
+        names = dict(label_numbers=list(known), label_names=list(known.values()))
+        write_arrays(f"{target}.npz", points=xyz, labels=labels, **names)
         act.write_ply(f"{target}.ply", xyz, (255 * act.palette(max(known) + 1)[labels]).astype(np.uint8))
-        share = {text: (labels == label).mean() for label, text in known.items()}
-        told = [f"{text} {100 * share[text]:.0f} %" for text in sorted(share, key=share.get, reverse=True) if share[text]]
+        told = [f"{known[i]} {100 * n / len(xyz):.0f} %" for i, n in Counter(labels.tolist()).most_common()]
         say(f"{name:{width}}{len(xyz):9d}  " + ", ".join(told))
     say(f"{config.out} holds each cloud with its labels, as .npz and as .ply coloured by them")
 
@@ -903,10 +871,10 @@ def settle(config, name, asked):
     """The settings that wait for the data set's name: points, learning rate and augmentation as published for it."""
     dense, frozen = config.task in ("parts", "scene"), config.task in ("classify", "fewshot") and config.protocol != "full"
     doubled = config.size != "tiny" and (dense or name == "ScanObjectNN")  # 2048 points, not 1024
-    published = PUBLISHED_AUGMENT.get(name, "scale_translate") if config.task == "classify" else "scale_translate"
+    turned = config.task == "classify" and name in ("ScanObjectNN", "embedded shapes")
     return replace(config, points=asked or config.points * (2 if doubled else 1),
                    lr=config.lr or (2e-4 if dense else 1e-3 if frozen else 5e-4),
-                   augment=published if config.augment == "auto" else config.augment)
+                   augment=config.augment if config.augment != "auto" else "rotate" if turned else "scale_translate")
 
 
 def main():
@@ -919,35 +887,29 @@ def main():
     config = act.resolve(config, device, DEFAULTS[config.task])
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    path = Path(config.data)
+    stored = config.data != "synthetic"
     if config.task == "scene":
-        name = "embedded rooms" if config.data == "synthetic" else "S3DIS"
+        name = "S3DIS" if stored else "embedded rooms"
         config = settle(config, name, asked)
         train, test = open_rooms(config)
-    elif config.task == "parts":
-        name = "embedded compositions" if config.data == "synthetic" else "ShapeNetPart"
-        train, test = read_shapenet_part(path) if config.data != "synthetic" else map(
-            compositions, (act.synthetic_clouds(50, seed=0), act.synthetic_clouds(20, seed=1)))
-    elif config.task == "fewshot" and (path / f"{config.way}way_{config.shot}shot").is_dir():
-        name, train, test = "few-shot ModelNet40", None, None
     else:
-        name, train, test = open_labelled(config)
-    config = settle(config, name, asked)
+        name, train, test = open_parts(config) if config.task == "parts" else open_labelled(config)
+        config = settle(config, name, asked)
     say(f"{config.task} on {device} x {world}, {config.precision}: size {config.size}, {config.points} points; {name}, "
         + (f"{len(train)} to train on, {len(test)} held out" if train else f"{config.way}-way {config.shot}-shot"))
 
-    # -- model, optimizer, loop, results: one run, or one for each fold -----------------------------------------------------
+    # -- model, optimizer, loop, results: one run, or one for each fold -----------------------------------------------
     if config.task == "fewshot":
         return fewshot(config, device, rank, train, test)
     if config.task == "svm":
         return svm(config, device, train, test) if rank == 0 else None
-    kind = {"classify": Classification, "parts": Parts, "scene": Scenes}[config.task]
-    figures = fit(config, kind(config, device, train, test), rank)
-    shown = {"accuracy": "overall", "mean_accuracy": "class mean", "instance_miou": "instance mIoU", "class_miou": "class mIoU",
-             "miou": "mIoU", "vote_accuracy": f"vote of {config.vote}", "best_accuracy": "best epoch, chosen on the test clouds,"}
+    task = {"classify": Classification, "parts": Parts, "scene": Scenes}[config.task](config, device, train, test)
+    figures = fit(config, task, rank)
+    shown = {"accuracy": "overall", "mean_accuracy": "class mean", "miou": "mIoU", "instance_miou": "instance mIoU",
+             "class_miou": "class mIoU", "vote_accuracy": f"vote of {config.vote}",
+             "best_accuracy": "best epoch, chosen on the test clouds,"}
     if rank == 0:
-        report(config, "last epoch " + ", ".join(f"{shown[k]} {v:.2f} %" for k, v in figures.items() if k in shown), figures)
-
+        report(config, "last epoch " + ", ".join(f"{shown[k]} {v:.2f} %" for k, v in figures.items() if k in shown))
 
 
 if __name__ == "__main__":

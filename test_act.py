@@ -3889,7 +3889,7 @@ def test_loss_of_shares_adds_up_to_the_loss_of_the_batch(tmp_path):
     train, test = finetune.open_rooms(finetune.Config(data=str(write_s3dis(tmp_path))))
     task = finetune.Scenes(options(task="scene", data=str(tmp_path), points=64), torch.device("cpu"), train, test)
     model, indices = task.build(FINE_SIZES).eval(), torch.arange(3)
-    loss = lambda share: task.loss(model, indices, act.seeded("cpu", 0), 0, share).item()
+    loss = lambda share: task.loss(model, 0, indices, act.seeded("cpu", 0), share)[0].item()
     assert loss(slice(0, None, 2)) * 2 / 3 + loss(slice(1, None, 2)) / 3 == pytest.approx(loss(slice(None)), rel=1e-5)
 
 
