@@ -771,12 +771,12 @@ def svm(config, device, train, test):
     for clouds in (task.train, task.test):
         batches = torch.arange(len(clouds), device=device).split(config.batch_size)
         found.append(torch.cat([features(model, first_points(clouds, indices, config.points)) for indices in batches]))
-    result = act.svm_accuracy(found[0], task.train.labels, found[1], task.test.labels)
+    result, C = act.svm_accuracy(found[0], task.train.labels, found[1], task.test.labels)
     if config.features:
         labels = torch.cat([train.labels, test.labels]).numpy()
         found = torch.cat(found).cpu().numpy()
         write_arrays(config.features, features=found, names=train.names + test.names, labels=labels)
-    report(config, f"a linear SVM labels {result:.1f} % of {len(test)} test clouds right", dict(accuracy=result))
+    report(config, f"a linear SVM (C = {C:g}) labels {result:.1f} % of {len(test)} test clouds right", dict(accuracy=result, C=C))
 
 
 def write_arrays(path, **arrays):

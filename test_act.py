@@ -798,6 +798,56 @@ def test_training_moves_everything_but_the_trunk_which_stays_bit_identical(promp
     assert changed == {k for k in before if not k.startswith("trunk.")}
 
 
+FIXED = {**CODES, "tokens_dims": 16, "num_prompt": 3, "tokenizer": "fixed"}
+
+
+def make_fixed_teacher():
+    torch.manual_seed(3)
+    teacher = act.Teacher(act.TeacherConfig(**FIXED), make_teacher().trunk)
+    xyz = clouds(6, 40)
+    teacher.fix_tokenizer(xyz)
+    return teacher, xyz
+
+
+def test_fixed_codes_are_patches_and_say_which():
+    teacher, xyz = make_fixed_teacher()
+    neighborhood, center = act.group_points(xyz, 8, 8)
+    codes = teacher.eval().tokenize(neighborhood, center)
+    tokens = teacher.encoder(neighborhood).flatten(0, 1)
+    tokens = (tokens - tokens.mean(dim=0)) / (tokens.std(dim=0) + 1e-6)
+    nearest = torch.cdist(teacher.codebook, tokens)  # (codes, B G)
+    own = nearest.argmin(dim=1)
+    assert nearest.amin(dim=1).max() < 1e-2 and len(own.unique()) == 20  # each code is a patch, every one another
+    assert (codes.flatten()[own] == torch.arange(20)).float().mean() >= 0.9  # whose own code it is
+    untrained = make_teacher().eval().tokenize(neighborhood, center)
+    assert len(codes.unique()) == 20 > len(untrained.unique())
+
+
+def test_a_fixed_tokenizer_stays_bit_identical_while_the_codebook_learns():
+    teacher, xyz = make_fixed_teacher()
+    before = copy_of(teacher.train())
+    steps(teacher, lambda i: act.teacher_loss(teacher(xyz), 0.0)[0])
+    assert not any(m.training for m in (*teacher.encoder.modules(), *teacher.dgcnn_1.modules()))
+    still = ("trunk.", "encoder.", "dgcnn_1.")
+    assert moved(before, teacher) == {k for k in before if not k.startswith(still)} and "codebook" in before
+
+
+def test_a_fixed_tokenizer_wants_a_patch_for_each_code():
+    teacher = act.Teacher(act.TeacherConfig(**FIXED), make_teacher().trunk)
+    with pytest.raises(ValueError, match="wants a patch for each of the 20 codes, as wide as a token .*, found 8 patches of width"):
+        teacher.fix_tokenizer(clouds(1, 40))
+    with pytest.raises(ValueError, match="tokenizer must be trained or fixed, found 'frozen'"):
+        act.TeacherConfig(tokenizer="frozen")
+
+
+def test_auto_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch):
+    for flags, precision in (("flags : avx512f avx512_bf16", "bf16"), ("flags : amx_bf16", "bf16"), ("flags : avx2", "fp32")):
+        monkeypatch.setattr(act.Path, "read_text", lambda path: flags)
+        config = act.resolve(act.RunConfig(), torch.device("cpu"), {"tiny": dict(epochs=3)})
+        assert (config.precision, config.size, config.epochs) == (precision, "tiny", 3)
+        assert act.resolve(act.RunConfig(precision="fp32"), torch.device("cpu"), {"tiny": {}}).precision == "fp32"
+
+
 def test_teacher_takes_a_trunks_blocks_and_norms_and_leaves_its_image_side():
     config = act.TrunkConfig(width=16, depth=2, num_heads=2, mlp_hidden=24, norm_pre=True, patch_size=4, grid=3)
     trunk = randomise(act.Trunk(config))
@@ -2651,7 +2701,7 @@ def test_embedded_shapes_depend_on_seed_class_and_number_alone(shapes):
     assert torch.equal(again.points.reshape(-1, 2, 256, 3), shapes.points.reshape(-1, 3, 256, 3)[:, :2])
     other = act.synthetic_clouds(2, seed=1, num_points=256)
     assert not torch.equal(again.points, other.points)
-    assert again.names[:3] == ["sphere_0000", "sphere_0001", "ellipsoid_0000"]
+    assert again.names[:3] == ["sphere_0_0000", "sphere_0_0001", "ellipsoid_0_0000"]
 
 
 def test_a_thousand_embedded_shapes_take_seconds():
@@ -3111,7 +3161,7 @@ def driver(tmp_path_factory):
 
 def test_two_processes_give_the_losses_of_one(tmp_path, cloud_folder, driver):
     """An odd batch, so that the shares differ; BatchNorm is synchronised; one writer; a run of two resumes as one."""
-    args = ["--data", cloud_folder, "--lr", "1e-3", "--log-every", 1, "--batch-size", 5]
+    args = ["--data", cloud_folder, "--lr", "1e-3", "--log-every", 1, "--batch-size", 5, "--precision", "fp32"]
     one = script(driver, *args, "--steps", 6, "--out", tmp_path / "one")
     two = script(driver, *args, "--steps", 6, "--out", tmp_path / "two", processes=2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
@@ -3202,20 +3252,25 @@ def test_linear_svm_meets_the_optimality_condition_of_its_objective():
     assert gradient.abs().max() < 1e-3
 
 
-def test_few_label_svm_is_right_on_separable_features_and_near_chance_on_noise():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(120) % 4
-    noise = torch.randn(120, 8, generator=generator)
-    assert act.few_label_svm(noise + 20 * F.one_hot(labels, 8), labels) == 100
-    assert 10 < act.few_label_svm(noise, labels) < 45
-    assert act.few_label_svm(noise, labels) == act.few_label_svm(noise, labels)
+def test_svm_accuracy_is_right_on_separable_features_and_near_chance_on_noise():
+    labels = torch.arange(240) % 4
+    noise = torch.randn(240, 8, generator=torch.Generator().manual_seed(0))
+    halves = (labels[:120], noise[120:], labels[120:])
+    assert act.svm_accuracy((noise + 20 * F.one_hot(labels, 8))[:120], labels[:120],
+                            (noise + 20 * F.one_hot(labels, 8))[120:], labels[120:])[0] == 100
+    assert 10 < act.svm_accuracy(noise[:120], *halves)[0] < 45
+    assert act.svm_accuracy(noise[:120], *halves) == act.svm_accuracy(noise[:120], *halves)
 
 
-def test_few_label_svm_is_taught_by_so_many_of_each_class(monkeypatch):
-    seen = []
-    monkeypatch.setattr(act, "svm_accuracy", lambda x, y, rest, z, C: seen.append((y.bincount().tolist(), z.bincount().tolist())) or 0.0)
-    act.few_label_svm(torch.randn(30, 2), torch.tensor([0] * 12 + [1] * 8 + [2] * 10)[torch.randperm(30)], shots=3, draws=4)
-    assert len(seen) == 16 and all(pair == ([3, 3, 3], [9, 5, 7]) for pair in seen)
+def test_svm_accuracy_knows_no_scale_and_chooses_c_without_the_test_features():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(160) % 4
+    x = torch.randn(160, 6, generator=generator) + 1.5 * F.one_hot(labels, 6)
+    train, test = (x[:100], labels[:100]), (x[100:], labels[100:])
+    accuracy, C = act.svm_accuracy(*train, *test)
+    scaled = [t * torch.logspace(0, 3, 6) + 7 for t in (x[:100], x[100:])]
+    assert act.svm_accuracy(scaled[0], labels[:100], scaled[1], labels[100:]) == (pytest.approx(accuracy), C)
+    assert act.svm_accuracy(*train, torch.zeros(60, 6), labels[100:])[1] == C
 
 
 # -- what can go wrong while training ---------------------------------------------------------------------------------
@@ -4006,11 +4061,12 @@ def test_svm_agrees_with_scikit_learn_on_the_features_it_writes(place, monkeypat
     sklearn = pytest.importorskip("sklearn.svm")
     write_npz(place / "more.npz", per_class=60, points=160)
     run(place, monkeypatch, capsys, *TINY, "--data", "more.npz", "--task", "svm", "--out", "svm", "--features", "svm.npz")
-    stored, result = np.load(place / "svm.npz"), log(place / "svm")[-1]["accuracy"]
-    n = 144
-    assert stored["features"].shape == (180, 48) and len(stored["names"]) == 180
-    theirs = sklearn.LinearSVC(C=1.0, dual=True, max_iter=200_000, tol=1e-6, random_state=0).fit(stored["features"][:n], stored["labels"][:n])
-    assert abs(100 * theirs.score(stored["features"][n:], stored["labels"][n:]) - result) <= 1
+    stored, result = np.load(place / "svm.npz"), log(place / "svm")[-1]
+    n, x = 144, torch.from_numpy(stored["features"]).double()
+    assert x.shape == (180, 48) and len(stored["names"]) == 180
+    x = ((x - x[:n].mean(dim=0)) / (x[:n].std(dim=0) + 1e-6)).numpy()
+    theirs = sklearn.LinearSVC(C=result["C"], dual=True, max_iter=200_000, tol=1e-6, random_state=0).fit(x[:n], stored["labels"][:n])
+    assert abs(100 * theirs.score(x[n:], stored["labels"][n:]) - result["accuracy"]) <= 1
 
 
 def test_parts_end_to_end_and_a_cloud_is_coloured(place, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from act import flag, say
 
 # -- config -----------------------------------------------------------------------------------------------------------
 DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the published one
-    "tiny": dict(epochs=2, batch_size=8, lr=1e-3, log_every=10),
+    "tiny": dict(epochs=5, batch_size=4, lr=1e-3, log_every=20),
     "small": dict(epochs=50, batch_size=64, lr=5e-4),
     "base": dict(epochs=300, batch_size=64, lr=5e-4),
 }
@@ -106,6 +106,9 @@ def main():
         sizes = replace(sizes, num_prompt=0)
     torch.manual_seed(config.seed)
     teacher = act.Teacher(sizes, trunk).to(device)
+    if sizes.tokenizer == "fixed":
+        some = torch.linspace(0, len(train) - 1, 4 * sizes.num_tokens // sizes.num_group).long()  # few clouds: several draws of each
+        teacher.fix_tokenizer(train.draw(some, points, act.seeded(device, config.seed, "codes"))[0])
     trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
     say(f"stage I on {device} x {world}, {config.precision}: size {config.size}, trunk {weights} "
         f"({teacher.config.trunk.width} wide, {teacher.config.trunk.depth} layers, frozen), {trained / 1e6:.1f} M trained parameters; "
@@ -117,7 +120,8 @@ def main():
 
     def schedule(step):
         return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-7, 10 * run.per_epoch),
-                    temperature=temperature(step, run.total), kl_weight=kl_weight(step, run.total))
+                    temperature=temperature(step, run.total),
+                    kl_weight=kl_weight(step, run.total) if sizes.tokenizer == "trained" else 0.0)  # else a constant
 
     # -- loop ---------------------------------------------------------------------------------------------------------
     def loss(net, step, indices, generator, share, temperature, kl_weight):
