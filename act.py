@@ -31,7 +31,8 @@ Where this differs from the paper or from the public release:
     ScanObjectNN only; the result is the last epoch's; the vote is one of ten draws; the optimizer steps once per step.
  8. At size tiny, whose runs take minutes, the tokenizer is not trained: the codes are patches (Teacher.fix_tokenizer), and
     0.6 of the patches are hidden, which leaves the student as many as the paper's 0.8 of 64 does.
- 9. Deviations of arithmetic only (rounding): products are split where an input repeats (EdgeConv, mini-PointNet,
+ 9. BatchNorm's running statistics average the first ten batches evenly, instead of starting from 0 and 1.
+10. Deviations of arithmetic only (rounding): products are split where an input repeats (EdgeConv, mini-PointNet,
     FoldingNet, segmentation head), argmax codes are looked up, 1 x 1 convolutions are Linear.
 """
 
@@ -404,7 +405,7 @@ class Trunk(nn.Module):
         """
         c = self.config
         if not c.patch_size:
-            raise ValueError("this trunk has no image side (a language model, or the blocks of a teacher): use forward_tokens")
+            raise ValueError("this trunk has no image side (a language model, or a teacher's blocks): use forward_tokens")
         x = self.patch_embed.proj(images)
         B, C, H, W = x.shape
         x = x.flatten(2).transpose(1, 2)  # (B, H W, C)
@@ -423,6 +424,12 @@ def init_linear(module):
     nn.init.trunc_normal_(module.weight, std=0.02)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def seeded(device, *numbers):
+    """A generator that depends on the numbers alone: what a step draws needs no memory of the steps before it."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -801,7 +808,7 @@ def pos_mlp(dim):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def group_norm(x, norm):
-    """GroupNorm with channels last, statistics over all axes but the first: (B, ..., C) -> scale, shift (B, C) each."""
+    """GroupNorm, channels last, as the map x * scale + shift that it amounts to: (B, ..., C) -> scale, shift (B, C)."""
     B, C = x.shape[0], x.shape[-1]
     x = x.float().view(B, -1, C)
     mean = x.mean(dim=1)  # (B, C); two plain passes are several times faster on CPUs than var_mean over a strided axis
@@ -831,7 +838,7 @@ class EdgeConv(nn.Sequential):
 
 
 class DGCNN(nn.Module):
-    """Four EdgeConvs on the graph of the nearest centres, then a product of all their outputs. (B, G, in) -> (B, G, out)."""
+    """Four EdgeConvs on the graph of the nearest centres, then one Linear of all their outputs. (B, G, in) -> (B, G, out)."""
 
     def __init__(self, dim, out):
         super().__init__()
@@ -958,17 +965,19 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def fix_tokenizer(self, xyz):
-        """Makes every code a patch of the clouds xyz (B, N, 3): a patch's code is then the one whose features are most alike.
+        """Makes each code a patch drawn from the clouds xyz (B, N, 3); any patch then gets the code it most resembles.
 
-        Codes take thousands of steps to mean anything: before that, what the KL term and a moving encoder do to them outruns
-        what the reconstruction gains, and the decoder learns to do without. A patch's features are those of the untrained
-        encoder, whose statistics are taken here. Raises ValueError if there are fewer patches than codes.
+        Trained codes mean nothing for thousands of steps: the KL term and the changing encoder move them faster than the
+        reconstruction shapes them, and the decoder learns to ignore them. Patches are compared by the features of the
+        untrained encoder, whose statistics are taken here. Raises ValueError if there are fewer patches than codes, or
+        tokens are not as wide as the encoder's output.
         """
         c = self.config
+        patches = len(xyz) * c.num_group
+        if patches < c.num_tokens or c.tokens_dims != c.encoder_dims:
+            raise ValueError(f"a fixed tokenizer wants a patch for each of the {c.num_tokens} codes, as wide as a token "
+                             f"({c.tokens_dims}), found {patches} patches of width {c.encoder_dims}")
         neighborhood, center = group_points(xyz, c.num_group, c.group_size)
-        if neighborhood[:, :, 0, 0].numel() < c.num_tokens or c.tokens_dims != c.encoder_dims:
-            raise ValueError(f"a fixed tokenizer wants a patch for each of the {c.num_tokens} codes, as wide as a token ("
-                             f"{c.tokens_dims}), found {neighborhood[:, :, 0, 0].numel()} patches of width {c.encoder_dims}")
         self.encoder.train()(neighborhood)
         patch = self.encoder.eval()(neighborhood)  # (B, G, C)
         edges = self.dgcnn_1.edges(patch, knn(center, center, 4)[1]).flatten(0, 1).float()  # (B G, 2304)
@@ -976,7 +985,7 @@ class Teacher(nn.Module):
         chosen = torch.randperm(len(patch), generator=seeded("cpu", "codes"))[: c.num_tokens].to(xyz.device)
         self.codebook.copy_(((patch - patch.mean(dim=0)) / (patch.std(dim=0) + 1e-6))[chosen])
         mean, rows = F.normalize(edges.mean(dim=0), dim=0), edges[chosen] - edges.mean(dim=0)
-        linear, norm = self.dgcnn_1.layer5  # rows without a part along the mean: what all patches share prefers no code
+        linear, norm = self.dgcnn_1.layer5  # without the mean's direction: what all share favours no code
         linear.weight.copy_(F.normalize(rows - (rows @ mean)[:, None] * mean, dim=-1))
         norm.weight.fill_(10.0)  # logits well above the Gumbel noise, whose standard deviation is 1.3
 
@@ -1128,14 +1137,6 @@ class Encoder(nn.Module):
             self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, c.width), std=0.02))
             self.cls_pos = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, c.width), std=0.02))
 
-    def embed(self, neighborhood, center):
-        """Tokens and positions, the class token (if there is one) in front: (B, 1 + V, C) each."""
-        x, pos = self.reduce_dim(self.patch_embed(neighborhood)), self.pos_embed(center)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-            pos = torch.cat([self.cls_pos.expand(len(x), -1, -1).to(pos.dtype), pos], dim=1)
-        return x, pos
-
     def forward(self, neighborhood, center, mask=None):
         """(B, G, S, 3), (B, G, 3), mask (B, G) bool, True = hidden -> (B, 1 + V, C), class token first.
 
@@ -1146,14 +1147,14 @@ class Encoder(nn.Module):
             B, V = visible.shape
             neighborhood = gather_points(neighborhood.flatten(2), visible).view(B, V, -1, 3)
             center = gather_points(center, visible)
-        x, pos = self.embed(neighborhood, center)
-        for block in self.blocks:
-            x = block(x + pos)
-        return self.norm(x)
+        return self.layers(neighborhood, center, [len(self.blocks)])[0]
 
     def layers(self, neighborhood, center, depths):
-        """The normed tokens after the blocks numbered `depths` (from 1): a list of (B, G, C)."""
-        x, pos = self.embed(neighborhood, center)
+        """The normed tokens after the blocks numbered `depths` (from 1), class token (if any) first: a list of (B, 1 + G, C)."""
+        x, pos = self.reduce_dim(self.patch_embed(neighborhood)), self.pos_embed(center)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            pos = torch.cat([self.cls_pos.expand(len(x), -1, -1).to(pos.dtype), pos], dim=1)
         out = {}
         for i, block in enumerate(self.blocks, start=1):
             x = block(x + pos)
@@ -1287,7 +1288,7 @@ class Segmenter(nn.Module):
                                   nn.Dropout(0.5), nn.Linear(512, 256), BatchNorm(256), nn.ReLU(), nn.Linear(256, c.num_parts))
 
     def forward(self, xyz, category=None):
-        """`category`: (B,) int64 index of the given object category, wanted if and only if the model was built with some."""
+        """`category`: (B,) int64 index of the given object category, wanted exactly if the model was built with some."""
         c = self.config
         if (category is None) != (c.num_categories == 0):
             raise ValueError(f"this Segmenter has {c.num_categories} object categories: category must "
@@ -1301,19 +1302,6 @@ class Segmenter(nn.Module):
         linear = self.head[0]  # its part on the whole cloud's features: once per cloud, not once per point
         x = F.linear(torch.cat(whole, dim=-1), linear.weight[:, 1024:], linear.bias)[:, None]
         return self.head[1:](x + F.linear(point, linear.weight[:, :1024]))
-
-
-def compile_blocks(model):
-    """torch.compile on each Transformer block and patch embedding in place: seconds, where the whole would take minutes."""
-    for module in model.modules():
-        if isinstance(module, (Block, PatchEmbed)):
-            module.compile()
-
-
-def seeded(device, *numbers):
-    """A generator that depends on the numbers alone: what a step draws needs no memory of the steps before it."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def linear_svm(features, labels, num_classes, C=1.0):
@@ -1342,8 +1330,8 @@ def linear_svm(features, labels, num_classes, C=1.0):
 def svm_accuracy(train, train_labels, test, test_labels):
     """Percent of the test features that a linear SVM on the train features labels right, and its C.
 
-    Features are standardised by the train features; C is the best of 0.001 to 1 on every fifth train feature of each class,
-    held out for that choice alone. Deterministic.
+    Features are standardised by the train features. C is the best of 0.001, 0.01, 0.1 and 1 on every fifth train feature
+    in order of class, held out for that choice alone; of equals the smallest. Deterministic.
     """
     train, test, num_classes = train.double(), test.double(), int(max(train_labels.max(), test_labels.max())) + 1
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
@@ -1356,7 +1344,7 @@ def svm_accuracy(train, train_labels, test, test_labels):
 
     held = torch.arange(len(x), device=x.device) % 5 == 0
     C = max((0.001, 0.01, 0.1, 1.0), key=lambda C: percent(x[~held], y[~held], x[held], y[held], C))
-    return percent(x, y, test, test_labels.to(test.device), C), C
+    return percent(x, y, test, test_labels, C), C
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1479,7 +1467,7 @@ def save(obj, path):
 MESH_POINTS, CACHE_POINTS = 8192, 16384  # points drawn from a mesh; the most that a folder keeps of one cloud
 ARRAY_NAMES = ("points", "xyz", "data", "pos")
 # what broken files make struct, zipfile, zlib and h5py raise (RuntimeError: an encrypted member, HDF5's own errors)
-BROKEN = (OSError, EOFError, OverflowError, RuntimeError, KeyError, struct.error, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, EOFError, OverflowError, RuntimeError, LookupError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 def _pick_array(sizes):
@@ -1513,7 +1501,8 @@ def _read_npy(data):
 
 def _read_npz(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        packings = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # numpy's two
+        members = [m for m in archive.infolist() if m.filename.endswith(".npy") and m.compress_type in packings]
         sizes = {member.filename[:-4]: (member.file_size, min(member.compress_size, len(data))) for member in members}
         return _read_npy(archive.read(_pick_array(sizes) + ".npy"))
 
@@ -1755,10 +1744,11 @@ class Clouds:
         """A random `num_points` of each cloud, in random order and without repetition; a smaller cloud is repeated.
 
         indices (B,) -> xyz (B, num_points, 3) float32, each draw normalised anew; flat (B, num_points) int64 into points.
-        The generator is on the device of the points.
+        xyz is on the generator's device, where the draw is made; flat on that of the points, which may be another one.
         """
-        indices = indices.to(self.offsets.device)
-        start, size = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]  # (B,)
+        indices, home = indices.to(self.offsets.device), self.points.device
+        device = home if generator is None else generator.device
+        start, size = (t.to(device) for t in (self.offsets[indices], self.offsets.diff()[indices]))  # (B,)
         # the batch's largest on a CPU; on a GPU the set's, known since it was moved there: nothing waits
         largest, order = self.largest or int(size.max()), []
         for rows in size.split(max(1, 2 ** 24 // largest)):  # one part, unless the keys would take more than 64 MiB
@@ -1766,8 +1756,8 @@ class Clouds:
             behind = torch.arange(largest, device=size.device) >= rows[:, None]  # the cloud's end: after every real key
             order.append(keys.masked_fill_(behind, 2).topk(min(num_points, largest), largest=False).indices)
         turn = torch.arange(num_points, device=size.device) % size[:, None]  # (B, num_points)
-        flat = start[:, None] + torch.cat(order).gather(1, turn)
-        xyz = self.points[flat]
+        flat = (start[:, None] + torch.cat(order).gather(1, turn)).to(home)
+        xyz = self.points[flat].to(device)
         return unit_sphere(xyz) if self.normalized else xyz, flat
 
 
@@ -1994,7 +1984,7 @@ class RunConfig:
     lr: float = flag(0.0, "peak learning rate; 0: the published one", group="training")
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "auto: bf16 where the device multiplies in it, else fp32", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the Transformer blocks")
     resume: bool = flag(False, "go on from the checkpoint in --out, bit for bit on a CPU")
     save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one per epoch")
@@ -2083,6 +2073,13 @@ def learning_rate(step, total, peak, end, warmup, start=1e-6):
     return cosine((step - warmup) / max(1, total - warmup), peak, end)
 
 
+def compile_blocks(model):
+    """torch.compile on each Transformer block in place: seconds, where the whole would take minutes."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
 def adamw(model, lr, weight_decay):
     """AdamW without decay on one-dimensional parameters, biases and names holding "token" (Sec. 4, as published)."""
     decayed, spared = [], []
@@ -2125,6 +2122,8 @@ class Run:
         resume = self.config.resume and self.checkpoint.exists()
         if resume:
             self._resume()
+        elif self.config.resume:
+            say(f"--resume: no checkpoint {self.checkpoint} yet, from the beginning")
         if self.rank:
             return
         try:
@@ -2155,7 +2154,8 @@ class Run:
         load_exactly(self.model, state["model"], self.checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
-        self.step, self.sums, self.seconds, self.extra = state["step"], state["sums"], state["seconds"], state["extra"]
+        self.step, self.seconds, self.extra = state["step"], state["seconds"], state["extra"]
+        self.sums = state["sums"] if self.rank == 0 else {name: 0 * value for name, value in state["sums"].items()}
         if self.rank == 0 and self.log.exists():
             rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
             rows = [row for row in rows if row["step"] <= self.step and "loss" in row]  # the closing figures are made anew
@@ -2252,15 +2252,16 @@ class Run:
         return flags.bool().tolist()
 
     def _means(self, indices):
-        """Means of the epoch so far over all processes' clouds. Raises ValueError if the loss is not finite."""
-        sums = torch.stack(list(self.sums.values())) / ((self.step - 1) % self.per_epoch + 1)
+        """Means of the epoch so far over all processes' clouds. Raises ValueError if loss or gradient is not finite."""
+        sums = torch.stack(list(self.sums.values()))
         if self.world > 1:
             torch.distributed.all_reduce(sums)
-        means = dict(zip(self.sums, sums.tolist()))
-        if not math.isfinite(means["loss"]):
+            self.sums = dict(zip(self.sums, sums if self.rank == 0 else torch.zeros_like(sums)))  # process 0 has and saves all
+        means = dict(zip(self.sums, (sums / ((self.step - 1) % self.per_epoch + 1)).tolist()))
+        if not all(map(math.isfinite, means.values())):
             names = ", ".join(self.names[i] for i in indices[:5])
             kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
-            raise ValueError(f"the loss is not finite at step {self.step - 1} (clouds {names}, …): "
+            raise ValueError(f"the loss or its gradient is not finite at step {self.step - 1} (clouds {names}, …): "
                              f"lower --lr, or --precision fp32; {kept}")
         return means
 
@@ -2304,7 +2305,7 @@ SIZES = {  # the teacher's and the student's, where they are not the paper's
 def resolve(config, device, defaults):
     """The settings with `auto` and 0 replaced by what they stand for on this device."""
     flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
-    bf16 = device.type == "cuda" or re.search(r"\b(avx512_bf16|amx_bf16)\b", flags)  # products in bf16, not only its conversion
+    bf16 = device.type == "cuda" or re.search(r"\b(avx512_bf16|amx_bf16)\b", flags)  # it multiplies in bf16
     auto = dict(size="base" if device.type == "cuda" else "tiny", precision="bf16" if bf16 else "fp32")
     config = replace(config, **{name: value for name, value in auto.items() if getattr(config, name) == "auto"})
     default = {"points": 1024, **defaults[config.size]}
@@ -2324,8 +2325,9 @@ def open_data(config, device, everything=False):
     if config.data == "synthetic":
         train, test = synthetic_clouds(50, seed=0), synthetic_clouds(20, seed=1)
     else:
-        roots = (Path(config.data, name, "shapenet_pc") for name in ("", "ShapeNet55-34", "ShapeNet55"))
-        first = None if everything and any(root.is_dir() for root in roots) else "train"
+        root = Path(config.data)
+        shapenet = everything and root.is_dir() and _list_clouds(root)[0] != root  # its clouds lie further down
+        first = None if shapenet else "train"
         train, test = (open_clouds(config.data, split, config.cache or None) for split in (first, "test"))
     if device.type == "cuda" and train.points.nbytes < torch.cuda.mem_get_info()[0] // 4:
         train, test = train.to(device), test.to(device)
@@ -2373,7 +2375,7 @@ def draw_text(image, x, y, text, color=INK, scale=2, align=0.0, width=math.inf):
 
 
 def render(xyz, colors=None, size=320, radius=1.05):
-    """A cloud (N, 3) as shaded discs on white, y up, seen from 35 degrees to the side and 20 above -> (size, size, 3) uint8.
+    """A cloud (N, 3) as shaded discs on white, y up, seen from 35 degrees aside and 20 above -> (size, size, 3) uint8.
 
     colors: (N, 3) in 0..1, by height if not given. The frame holds the ball of `radius` about the origin whatever the
     cloud, so that renders compare. Points that are not finite are left out.

@@ -86,7 +86,7 @@ def naming(path):
         raise ValueError(f"{path}: no such file")
     try:
         yield
-    except (ValueError, *act.BROKEN, pickle.UnpicklingError, AttributeError, IndexError, TypeError, MemoryError) as error:
+    except (ValueError, *act.BROKEN, pickle.UnpicklingError, AttributeError, TypeError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
@@ -795,9 +795,15 @@ def predict(config, device):
     files = {str(file.relative_to(root)): file for file in files if file == path or file.suffix.lower() in act.READERS}
     if not files:
         raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(act.READERS)}")
-    model, extra = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint).get("extra") or {}
+    model, stored = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint)
+    extra = stored.get("extra") or {}
+    if config.points and "kind" not in stored:  # the release's files do not tell: a patch for every 16 points, as published
+        model.config.num_group = max(1, config.points // 16)
     points, normalized = config.points or extra.get("points", 16 * model.config.num_group), extra.get("normalized", True)
-    kind = type(model).__name__
+    kind, c = type(model).__name__, model.config
+    if points < max(c.num_group, c.group_size):
+        raise ValueError(f"--points {points}: wanted at least {max(c.num_group, c.group_size)}, for the checkpoint's {c.num_group} "
+                         f"patches of {c.group_size} points")
     if config.features and kind not in ("Student", "Classifier"):
         raise ValueError(f"--features: the checkpoint holds a {kind}, wanted a Student or Classifier")
     if not config.features and kind not in ("Classifier", "Segmenter"):

@@ -4038,6 +4038,12 @@ def test_classify_votes_predicts_and_resumes(place, monkeypatch, capsys):
         run(place, monkeypatch, capsys, "--predict", "clouds", "--checkpoint", "student.pt")
     with pytest.raises(ValueError, match="^--predict nowhere: no clouds there"):
         run(place, monkeypatch, capsys, "--predict", "nowhere", "--checkpoint", "student.pt")
+    with pytest.raises(ValueError, match=r"^--points 2: wanted at least \d+, for the checkpoint's \d+ patches of \d+ points"):
+        run(place, monkeypatch, capsys, "--predict", "clouds", "--checkpoint", "whole/last.pt", "--points", 2)
+    path, seen, group = released(place, release_names(build("Classifier", num_classes=5))), [], act.group_points
+    monkeypatch.setattr(act, "group_points", lambda xyz, *sizes: seen.append((xyz.shape[1], *sizes)) or group(xyz, *sizes))
+    run(place, monkeypatch, capsys, "--predict", "clouds", "--checkpoint", path, "--points", 512)
+    assert set(seen) == {(512, 32, 32)}  # a patch for every 16 points, as the release fine-tunes
 
 
 def test_fewshot_draws_episodes_or_reads_the_published_folds(place, monkeypatch, capsys):

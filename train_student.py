@@ -144,7 +144,8 @@ def main():
     target = Target(config, teacher)
     G, S = teacher.config.num_group, teacher.config.group_size
     if not 0 < int(config.mask_ratio * G) < G:
-        raise ValueError(f"--mask-ratio {config.mask_ratio} hides {int(config.mask_ratio * G)} of the {G} patches, wanted some, not all")
+        raise ValueError(f"--mask-ratio {config.mask_ratio} hides {int(config.mask_ratio * G)} of the {G} patches, "
+                         "wanted some, not all")
     sizes = act.StudentConfig(**{**act.SIZES[config.size]["encoder"], "num_group": G, "group_size": S}, target_dim=target.dim)
     torch.manual_seed(config.seed)
     student = act.Student(sizes).to(device)
@@ -184,16 +185,16 @@ def main():
     if rank == 0:
         torch.manual_seed(config.seed)
         untrained, figures = act.Student(sizes).to(device).eval(), {}
-        known, everything = set(test.names), torch.arange(len(test))  # ShapeNet-55 is trained on whole: its test clouds teach no SVM
+        known = set(test.names)  # ShapeNet-55 is trained on whole: its test clouds teach no SVM
         taught = torch.tensor([i for i, name in enumerate(train.names) if name not in known], dtype=torch.long)
         if test.labels is not None and len(train.labels[taught].unique()) > 1:
             for name, model in (("svm_untrained", untrained), ("svm_trained", student)):
                 figures[name], _ = act.svm_accuracy(*features(model, train, taught, config.points, config.seed),
-                                                    *features(model, test, everything, config.points, config.seed))
+                                                    *features(model, test, torch.arange(len(test)), config.points, config.seed))
         run.close(pictures(config, student, untrained, target, test), **figures)
         if figures:
-            say(f"linear SVM on frozen features, {min(len(taught), 4000)} training clouds, {len(test)} held out, {len(test.classes)} "
-                f"classes: {figures['svm_untrained']:.1f} % untrained -> {figures['svm_trained']:.1f} % trained")
+            say(f"linear SVM on frozen features, {min(len(taught), 4000)} training clouds, {min(len(test), 4000)} held out, "
+                f"{len(test.classes)} classes: {figures['svm_untrained']:.1f} % untrained -> {figures['svm_trained']:.1f} % trained")
         else:
             say("no linear SVM: it wants training clouds of two classes beside the held-out ones")
 

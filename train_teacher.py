@@ -8,7 +8,7 @@
 Leaves last.pt, metrics.jsonl, config.json, reconstruction (.png and .ply) and loss.png in --out.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -102,12 +102,11 @@ def main():
     # -- model --------------------------------------------------------------------------------------------------------
     trunk, weights = open_trunk(config, size["trunk"], size["trunk_width"])
     sizes = act.TeacherConfig(**size["teacher"], prompt=config.prompt, weights=weights)
-    if config.prompt == "none":
-        sizes = replace(sizes, num_prompt=0)
     torch.manual_seed(config.seed)
     teacher = act.Teacher(sizes, trunk).to(device)
     if sizes.tokenizer == "fixed":
-        some = torch.linspace(0, len(train) - 1, 4 * sizes.num_tokens // sizes.num_group).long()  # few clouds: several draws of each
+        # clouds with four times as many patches as codes; a small set gives several draws of each cloud
+        some = torch.linspace(0, len(train) - 1, 4 * sizes.num_tokens // sizes.num_group).long()
         teacher.fix_tokenizer(train.draw(some, points, act.seeded(device, config.seed, "codes"))[0])
     trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
     say(f"stage I on {device} x {world}, {config.precision}: size {config.size}, trunk {weights} "
@@ -115,23 +114,28 @@ def main():
         f"{len(train)} clouds of {points} points, {len(test)} held out")
 
     # -- optimizer, resume --------------------------------------------------------------------------------------------
-    run = act.Run(config, teacher, train, config.weight_decay)
-    usage = torch.zeros(sizes.num_tokens, device=device)
+    before = evaluate(teacher, test, points, config.seed) if rank == 0 else {}
+    run = act.Run(config, teacher, train, config.weight_decay, extra=dict(usage=torch.zeros(sizes.num_tokens)))
+    usage = run.extra["usage"] = run.extra["usage"].to(device)  # of each code, in the epoch so far
 
     def schedule(step):
         return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-7, 10 * run.per_epoch),
                     temperature=temperature(step, run.total),
-                    kl_weight=kl_weight(step, run.total) if sizes.tokenizer == "trained" else 0.0)  # else a constant
+                    # the KL term of a fixed tokenizer is a constant
+                    kl_weight=kl_weight(step, run.total) if sizes.tokenizer == "trained" else 0.0)
 
     # -- loop ---------------------------------------------------------------------------------------------------------
     def loss(net, step, indices, generator, share, temperature, kl_weight):
         xyz, _ = train.draw(indices, points, generator)
         out = net(xyz[share], temperature)
         total, reconstruction, kl = act.teacher_loss(out, kl_weight)
-        usage.add_(torch.bincount(out.logits.argmax(-1).flatten(), minlength=len(usage)))
+        codes = out.logits.argmax(-1).flatten()
+        usage.index_add_(0, codes, usage.new_ones(len(codes)))  # bincount would wait for a GPU
         return total, dict(reconstruction=reconstruction, kl=kl)
 
     def finish_epoch(epoch):
+        if world > 1:
+            torch.distributed.all_reduce(usage)
         share = usage / usage.sum()
         perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
         used = int((usage > 0).sum())
@@ -144,9 +148,7 @@ def main():
 
     # -- results ------------------------------------------------------------------------------------------------------
     if rank == 0:
-        torch.manual_seed(config.seed)
-        untrained = act.Teacher(sizes, teacher.trunk).to(device)
-        before, after = (evaluate(model, test, points, config.seed) for model in (untrained, teacher))
+        after = evaluate(teacher, test, points, config.seed)
         run.close([("reconstruction", picture(teacher, test, points, config.seed))],
                   **{f"{k}_before": v for k, v in before.items()}, **{f"{k}_after": v for k, v in after.items()})
         for key, name in (("cd_l1", "CD-L1 x 1000"), ("cd_l2", "CD-L2 x 1000"), ("fscore", "F-score at 0.01, %")):
