@@ -1,6 +1,6 @@
 """Speed of every operation and of both stages, beside the textbook form and the machine's own limit, in one run.
 
-    python bench.py                          # two CPU cores: about eight minutes
+    python bench.py                          # two CPU cores: minutes
     python bench.py --quick                  # fewer repeats: under two minutes
     python bench.py --device cuda --compile  # a GPU: the same rows, and the published run in hours
 
