@@ -2029,9 +2029,10 @@ def run_script(main):
         process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"error{process}: {' '.join(mistake.split())}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
-        if mistake is not None:
-            os._exit(2)  # the peers may hang in a collective
-        torch.distributed.destroy_process_group()
+        if mistake is None:
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0 if mistake is None else 2)  # the peers may hang in a collective; gloo's threads may abort an ordinary exit
     sys.exit(0 if mistake is None else 2)
 
 

@@ -3119,7 +3119,7 @@ def test_sigterm_saves_and_says_how_to_resume(tmp_path, cloud_folder):
 
 
 DRIVER = '''
-import sys, torch, act
+import os, sys, torch, act
 from dataclasses import dataclass  # of the driver
 
 @dataclass
@@ -3138,6 +3138,8 @@ def main():
     def loss(net, step, indices, generator, share):
         if config.crash and rank == 1 and step == 1:
             raise ValueError("process 1 found a bad cloud")
+        if step == int(os.environ.get("DIE_AT", -1)):
+            os._exit(9)
         xyz, _ = clouds.draw(indices, 128, generator)
         neighborhood, center = act.group_points(act.scale_translate(xyz, generator), 16, 8)
         mask = act.random_mask(center, 0.5, act.seeded("cpu", step))[share]
@@ -3160,7 +3162,7 @@ def driver(tmp_path_factory):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path, cloud_folder, driver):
-    """An odd batch, so that the shares differ; BatchNorm is synchronised; one writer; a run of two resumes as one."""
+    """An odd batch, so that the shares differ; BatchNorm is synchronised; one writer."""
     args = ["--data", cloud_folder, "--lr", "1e-3", "--log-every", 1, "--batch-size", 5, "--precision", "fp32"]
     one = script(driver, *args, "--steps", 6, "--out", tmp_path / "one")
     two = script(driver, *args, "--steps", 6, "--out", tmp_path / "two", processes=2)
@@ -3172,6 +3174,19 @@ def test_two_processes_give_the_losses_of_one(tmp_path, cloud_folder, driver):
         if "running_var" in key:  # means hold biases that a following BatchNorm cancels, which Adam lets drift
             assert torch.allclose(a, b, rtol=1e-3), key
     assert sum("seconds" in row and "loss" not in row for row in log_of(tmp_path / "two")) == 1
+
+
+def test_a_run_of_two_processes_killed_in_mid_epoch_resumes_as_one(tmp_path, cloud_folder, driver, monkeypatch):
+    args = ["--data", cloud_folder, "--log-every", 1, "--batch-size", 2, "--lr", "1e-3", "--precision", "fp32", "--save-minutes", 0,
+            "--steps", 18]  # 6 an epoch; two processes agree to save at step 16
+    whole = script(driver, *args, "--out", tmp_path / "whole")
+    monkeypatch.setenv("DIE_AT", "17")
+    assert script(driver, *args, "--out", tmp_path / "cut", processes=2).returncode != 0
+    monkeypatch.delenv("DIE_AT")
+    resumed = script(driver, *args, "--out", tmp_path / "cut", "--resume")
+    assert whole.returncode == 0 and resumed.returncode == 0 and "at step 16" in resumed.stdout, whole.stderr + resumed.stderr
+    first, second = ([row["loss"] for row in log_of(tmp_path / name) if "loss" in row] for name in ("whole", "cut"))
+    assert len(first) == 18 and first == pytest.approx(second, rel=0.05)  # means of the epoch so far: a lost share would halve them
 
 
 def test_an_error_in_one_process_ends_all_with_its_message(tmp_path, cloud_folder, driver):

@@ -29,6 +29,7 @@ DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the publi
 class Config(act.RunConfig):
     out: str = flag("runs/student", "folder of the run's checkpoint, log, configuration and pictures")
     lr: float = flag(0.0, "peak learning rate; 0: the size's default", 1e-3, group="training")
+    batch_size: int = flag(0, "clouds per step over all processes; 0: the size's default", 128, group="training")
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05, group="training")
     teacher: str = flag("runs/teacher/last.pt", "the teacher's checkpoint, ours or the public release's", group="model")
     target: str = flag("teacher", "what is predicted at masked patches: the teacher's features, point coordinates or codes",

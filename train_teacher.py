@@ -28,6 +28,7 @@ PUBLISHED_STEPS = 196_500  # 300 epochs of 41,952 clouds in batches of 64; short
 class Config(act.RunConfig):
     out: str = flag("runs/teacher", "folder of the run's checkpoint, log, configuration and pictures")
     lr: float = flag(0.0, "peak learning rate; 0: the size's default", 5e-4, group="training")
+    batch_size: int = flag(0, "clouds per step over all processes; 0: the size's default", 64, group="training")
     weight_decay: float = flag(5e-4, "AdamW's weight decay", 5e-4, group="training")
     weights: str = flag("auto", "the trunk: auto (public weights if they can be had), random, a NAME of act.pretrained_names()\n"
                         "or the PATH of a weight file", "vit_base_patch16_384", group="model")
