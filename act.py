@@ -984,9 +984,10 @@ class Teacher(nn.Module):
         patch = patch.flatten(0, 1).float()
         chosen = torch.randperm(len(patch), generator=seeded("cpu", "codes"))[: c.num_tokens].to(xyz.device)
         self.codebook.copy_(((patch - patch.mean(dim=0)) / (patch.std(dim=0) + 1e-6))[chosen])
-        mean, rows = F.normalize(edges.mean(dim=0), dim=0), edges[chosen] - edges.mean(dim=0)
+        mean = edges.mean(dim=0)
+        rows, axis = edges[chosen] - mean, F.normalize(mean, dim=0)
         linear, norm = self.dgcnn_1.layer5  # without the mean's direction: what all share favours no code
-        linear.weight.copy_(F.normalize(rows - (rows @ mean)[:, None] * mean, dim=-1))
+        linear.weight.copy_(F.normalize(rows - (rows @ axis)[:, None] * axis, dim=-1))
         norm.weight.fill_(10.0)  # logits well above the Gumbel noise, whose standard deviation is 1.3
 
     def prefix(self):
@@ -1761,13 +1762,19 @@ class Clouds:
         return unit_sphere(xyz) if self.normalized else xyz, flat
 
 
-def _list_clouds(root):
-    """A folder -> (the folder its names start from, [(split: 0 train, 1 test, 2 neither; class or None; name)] in order)."""
+def _shapenet(root):
+    """(folder of the clouds, [train list, test list]) of a ShapeNet-55 root; of any other folder None."""
     for base, lists in ((".", "ShapeNet-55"), (".", "."), ("..", "."), ("ShapeNet55-34", "ShapeNet55-34/ShapeNet-55")):
         lists = [root / lists / name for name in ("train.txt", "test.txt")]
         if lists[0].is_file() and (root / base / "shapenet_pc").is_dir():
-            names = [sorted(path.read_text("utf-8").split()) for path in lists]
-            return root / base / "shapenet_pc", [(i, name.split("-")[0], name) for i in (0, 1) for name in names[i]]
+            return root / base / "shapenet_pc", lists
+
+
+def _list_clouds(root):
+    """A folder -> (the folder its names start from, [(split: 0 train, 1 test, 2 neither; class or None; name)] in order)."""
+    if found := _shapenet(root):
+        names = [sorted(path.read_text("utf-8").split()) for path in found[1]]
+        return found[0], [(i, name.split("-")[0], name) for i in (0, 1) for name in names[i]]
     entries = []
     for path in root.rglob("*"):
         inside = path.relative_to(root).parts
@@ -2303,10 +2310,15 @@ SIZES = {  # the teacher's and the student's, where they are not the paper's
 }
 
 
+def processor_has_bf16():
+    """Whether the CPU multiplies in bf16, not only converts to it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
+
+
 def resolve(config, device, defaults):
     """The settings with `auto` and 0 replaced by what they stand for on this device."""
-    flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
-    bf16 = device.type == "cuda" or re.search(r"\b(avx512_bf16|amx_bf16)\b", flags)  # it multiplies in bf16
+    bf16 = device.type == "cuda" or processor_has_bf16()
     auto = dict(size="base" if device.type == "cuda" else "tiny", precision="bf16" if bf16 else "fp32")
     config = replace(config, **{name: value for name, value in auto.items() if getattr(config, name) == "auto"})
     default = {"points": 1024, **defaults[config.size]}
@@ -2326,9 +2338,7 @@ def open_data(config, device, everything=False):
     if config.data == "synthetic":
         train, test = synthetic_clouds(50, seed=0), synthetic_clouds(20, seed=1)
     else:
-        root = Path(config.data)
-        shapenet = everything and root.is_dir() and _list_clouds(root)[0] != root  # its clouds lie further down
-        first = None if shapenet else "train"
+        first = None if everything and _shapenet(Path(config.data)) else "train"
         train, test = (open_clouds(config.data, split, config.cache or None) for split in (first, "test"))
     if device.type == "cuda" and train.points.nbytes < torch.cuda.mem_get_info()[0] // 4:
         train, test = train.to(device), test.to(device)

@@ -392,7 +392,7 @@ def main():
     repeats, steps = (2, 2) if args.quick else (9, 7)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"^model name\s*: (.*)$", cpuinfo, re.M)
-    bf16 = re.search("(amx|avx512)_bf16", cpuinfo) is not None  # in hardware
+    bf16 = act.processor_has_bf16()
     machine = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported()

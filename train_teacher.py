@@ -115,9 +115,10 @@ def main():
         f"{len(train)} clouds of {points} points, {len(test)} held out")
 
     # -- optimizer, resume --------------------------------------------------------------------------------------------
-    before = evaluate(teacher, test, points, config.seed) if rank == 0 else {}
     run = act.Run(config, teacher, train, config.weight_decay, extra=dict(usage=torch.zeros(sizes.num_tokens)))
     usage = run.extra["usage"] = run.extra["usage"].to(device)  # of each code, in the epoch so far
+    if rank == 0 and run.step == 0:
+        run.extra["before"] = evaluate(teacher, test, points, config.seed)
 
     def schedule(step):
         return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-7, 10 * run.per_epoch),
@@ -149,7 +150,7 @@ def main():
 
     # -- results ------------------------------------------------------------------------------------------------------
     if rank == 0:
-        after = evaluate(teacher, test, points, config.seed)
+        before, after = run.extra["before"], evaluate(teacher, test, points, config.seed)
         run.close([("reconstruction", picture(teacher, test, points, config.seed))],
                   **{f"{k}_before": v for k, v in before.items()}, **{f"{k}_after": v for k, v in after.items()})
         for key, name in (("cd_l1", "CD-L1 x 1000"), ("cd_l2", "CD-L2 x 1000"), ("fscore", "F-score at 0.01, %")):
