@@ -33,6 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import act
+import clouds as shapes
+import training
 
 notes, wrong = [], []
 
@@ -217,7 +219,7 @@ def best_product(device, dtype, repeats):
 
 
 def clouds(B, N, device):
-    return act.unit_sphere(torch.randn(B, N, 3, generator=torch.Generator().manual_seed(N + B))).to(device)
+    return shapes.unit_sphere(torch.randn(B, N, 3, generator=torch.Generator().manual_seed(N + B))).to(device)
 
 
 def bench_geometry(device, repeats):
@@ -330,7 +332,7 @@ def bench_stage(name, build, goal, device, repeats, products):
     torch.manual_seed(0)
     model, loss, least = build(8, device)
     check_stage(name, model, loss, least, device, "bf16" in products)
-    plain, ours = copy.deepcopy(model), act.adamw(model, 5e-4, 0.05)
+    plain, ours = copy.deepcopy(model), training.adamw(model, 5e-4, 0.05)
     other = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.05)
     forms = {"plain fp32": partial(train_step, plain, loss, other, device, form=plain_form)}
     for precision, (_, product) in products.items():
@@ -349,12 +351,12 @@ def bench_stage(name, build, goal, device, repeats, products):
 
 def bench_data(device, repeats, step):
     """Drawing 1024 of 8192 points, normalising, augmenting, and the masks of a batch, beside a stage II step's seconds."""
-    data = act.Clouds(clouds(64, 8192, device).flatten(0, 1), torch.arange(65) * 8192, [""] * 64).to(device)
+    data = shapes.Clouds(clouds(64, 8192, device).flatten(0, 1), torch.arange(65) * 8192, [""] * 64).to(device)
     indices, center, generator = torch.arange(0, 64, 8), torch.empty(8, 64, 3), torch.Generator().manual_seed(0)
 
     def prepare():
         act.split_mask(act.random_mask(center, 0.8, generator), device)
-        return act.scale_translate(data.draw(indices, 1024)[0])
+        return shapes.scale_translate(data.draw(indices, 1024)[0])
 
     times = race(device, 10 * repeats, {"ours": prepare})["ours"]
     row("data of a batch of 8: draw, normalise, augment, mask", seconds(times), f"stage II step {1e3 * step:.0f} ms",
@@ -367,8 +369,8 @@ def bench_published(device, repeats, product, compiled):
         torch.manual_seed(0)
         model, loss, least = build(B, device)
         if compiled:
-            act.compile_blocks(model)
-        optimizer = act.adamw(model, 5e-4, 0.05)
+            training.compile_blocks(model)
+        optimizer = training.adamw(model, 5e-4, 0.05)
         forms = {"ours": partial(train_step, model, loss, optimizer, device, bf16=True), "product": product[1]}
         race(device, 3, forms)  # compiles
         torch.cuda.reset_peak_memory_stats()
@@ -392,7 +394,7 @@ def main():
     repeats, steps = (2, 2) if args.quick else (9, 7)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"^model name\s*: (.*)$", cpuinfo, re.M)
-    bf16 = act.processor_has_bf16()
+    bf16 = training.processor_has_bf16()
     machine = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported()

@@ -34,7 +34,9 @@ import torch
 import torch.nn.functional as F
 
 import act
-from act import flag, say
+import clouds as shapes
+import training
+from training import flag, say
 
 # -- config -----------------------------------------------------------------------------------------------------------
 DEFAULTS = {  # task, size: epochs and batch of a default run; base is the published one
@@ -54,7 +56,7 @@ QUERIES, FOLDS = 20, 10  # test clouds per class of a few-shot episode; episodes
 
 
 @dataclass
-class Config(act.RunConfig):
+class Config(training.RunConfig):
     out: str = flag("runs/finetune", "folder of the run's checkpoint, log, configuration and pictures")
     data: str = flag("synthetic", "'synthetic' (embedded shapes, compositions, rooms) or a labelled set", group="data")
     variant: str = flag("PB_T50_RS", "of ScanObjectNN", "all three", tuple(SCAN_FILES), group="data")
@@ -86,7 +88,7 @@ def naming(path):
         raise ValueError(f"{path}: no such file")
     try:
         yield
-    except (ValueError, *act.BROKEN, pickle.UnpicklingError, AttributeError, TypeError, MemoryError) as error:
+    except (ValueError, *shapes.BROKEN, pickle.UnpicklingError, AttributeError, TypeError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
@@ -108,7 +110,7 @@ def labelled(path, arrays, labels, classes=None, normalized=True):
     points = torch.from_numpy(np.concatenate([np.asarray(array[:, :3], np.float32) for array in arrays]))
     offsets, labels = torch.tensor([0, *map(len, arrays)]).cumsum(0), torch.from_numpy(labels.astype(np.int64).ravel())
     names = [f"{Path(path).stem}_{i:05d}" for i in range(len(arrays))]
-    return act.Clouds(points, offsets, names, labels, list(classes), normalized=normalized)
+    return shapes.Clouds(points, offsets, names, labels, list(classes), normalized=normalized)
 
 
 def select(clouds, chosen):
@@ -202,8 +204,8 @@ def read_modelnet(root, split, classes, cache):
         for name, kind, file in zip(names, kinds, files):
             if kind not in classes or not (root / file).is_file():
                 raise ValueError(f"lists {name}, wanted the file {root / file}, of a class in modelnet40_shape_names.txt")
-        points, offsets = map(torch.from_numpy, act.cached_points(str(root), files, cache))
-    return act.Clouds(points, offsets, names, torch.tensor([*map(classes.index, kinds)]), classes)
+        points, offsets = map(torch.from_numpy, shapes.cached_points(str(root), files, cache))
+    return shapes.Clouds(points, offsets, names, torch.tensor([*map(classes.index, kinds)]), classes)
 
 
 def read_npz(path):
@@ -228,7 +230,7 @@ def open_labelled(config):
     """(name of the data set, train, test) of --data, recognised by looking; train is None where folds are published."""
     path, cache, splits = Path(config.data), config.cache or None, ("train", "test")
     if config.data == "synthetic":
-        return "embedded shapes", act.synthetic_clouds(50, seed=0), act.synthetic_clouds(20, seed=1)
+        return "embedded shapes", shapes.synthetic_clouds(50, seed=0), shapes.synthetic_clouds(20, seed=1)
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder")
     if config.task == "fewshot" and (path / f"{config.way}way_{config.shot}shot").is_dir():
@@ -251,7 +253,7 @@ def open_labelled(config):
     elif path.suffix == ".npz":
         train, test = read_npz(path)
     elif path.is_dir():
-        train, test = (act.open_clouds(path, split, cache) for split in splits)
+        train, test = (shapes.open_clouds(path, split, cache) for split in splits)
     else:
         raise ValueError(f"--data {path}: wanted a folder, an .npz or the …train….h5 of a pair")
     if train.labels is None or test.labels is None:
@@ -322,7 +324,7 @@ def open_parts(config):
     """(name of the data set, train, test) of --data for part segmentation."""
     if config.data != "synthetic":
         return "ShapeNetPart", *read_shapenet_part(Path(config.data))
-    return "embedded compositions", *(compositions(act.synthetic_clouds(n, seed)) for seed, n in enumerate((50, 20)))
+    return "embedded compositions", *(compositions(shapes.synthetic_clouds(n, seed)) for seed, n in enumerate((50, 20)))
 
 
 class Room(NamedTuple):
@@ -358,7 +360,7 @@ def synthetic_room(density, rng):
         pieces.append((label, plane))
     for _ in range(rng.integers(4, 8)):
         label = int(rng.integers(3, len(ROOM_CLASSES)))
-        x, z, y = 0.6 * act.synthetic_cloud(ROOM_CLASSES[label], int(2.5 * density), rng)[0].T  # the shapes have y up
+        x, z, y = 0.6 * shapes.synthetic_cloud(ROOM_CLASSES[label], int(2.5 * density), rng)[0].T  # the shapes have y up
         turn = rng.uniform(0, 2 * math.pi)
         xyz = np.stack([math.cos(turn) * x - math.sin(turn) * y, math.sin(turn) * x + math.cos(turn) * y, z], 1)
         xyz -= xyz.min(0)
@@ -415,7 +417,7 @@ def first_points(clouds, indices, num_points):
     """The first num_points of each cloud, a smaller one repeated, normalised if the set is: (B,) -> (B, num_points, 3)."""
     start, size = clouds.offsets[indices], clouds.offsets.diff()[indices]
     xyz = clouds.points[start[:, None] + torch.arange(num_points, device=start.device) % size[:, None]]
-    return act.unit_sphere(xyz) if clouds.normalized else xyz
+    return shapes.unit_sphere(xyz) if clouds.normalized else xyz
 
 
 def draw_repeated(clouds, indices, num_points, generator):
@@ -423,7 +425,7 @@ def draw_repeated(clouds, indices, num_points, generator):
     start, size = clouds.offsets[indices][:, None], clouds.offsets.diff()[indices][:, None]
     turn = (torch.rand(len(indices), num_points, generator=generator, device=start.device) * size).long()
     flat = start + turn.minimum(size - 1)
-    return act.unit_sphere(clouds.points[flat]), clouds.parts[flat]
+    return shapes.unit_sphere(clouds.points[flat]), clouds.parts[flat]
 
 
 def augment(xyz, kind, generator, task="classify"):
@@ -431,8 +433,8 @@ def augment(xyz, kind, generator, task="classify"):
     if kind == "none":
         return xyz
     if kind == "rotate":
-        return act.rotate_y(xyz.roll(-1, 2), generator).roll(1, 2) if task == "scene" else act.rotate_y(xyz, generator)
-    return act.scale_translate(xyz, generator, *(((0.8, 1.25), 0.1, False) if task in ("parts", "scene") else ()))
+        return shapes.rotate_y(xyz.roll(-1, 2), generator).roll(1, 2) if task == "scene" else shapes.rotate_y(xyz, generator)
+    return shapes.scale_translate(xyz, generator, *(((0.8, 1.25), 0.1, False) if task in ("parts", "scene") else ()))
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -469,7 +471,7 @@ def start_model(config, build, device):
 
     A patch for every 16 points, as in the paper, of the size the checkpoint was trained with.
     """
-    sizes, path = dict(act.SIZES[config.size]["encoder"], num_group=config.points // 16), config.checkpoint
+    sizes, path = dict(training.SIZES[config.size]["encoder"], num_group=config.points // 16), config.checkpoint
     torch.manual_seed(config.seed)
     if path == "none":
         model = build(sizes)
@@ -510,7 +512,7 @@ class Classification:
     def __init__(self, config, device, train, test):
         self.config, self.device, self.classes = config, device, train.classes
         self.train, self.test = (thin(clouds, config.points, device) for clouds in (train, test))
-        act.check_distinct(self.test, config.points // 16)
+        training.check_distinct(self.test, config.points // 16)
         self.extra = dict(task="classify", classes=self.classes, points=config.points, normalized=train.normalized)
 
     def build(self, sizes):
@@ -546,7 +548,7 @@ class Classification:
         if self.config.vote:
             figures.update({f"vote_{name}": value for name, value in self.figures(model, self.config.vote)[0].items()})
         title = f"{figures['accuracy']:.1f} % of {len(self.test)} clouds"
-        return figures, [("confusion", act.plot_matrix(matrix.numpy(), self.classes, title))]
+        return figures, [("confusion", shapes.plot_matrix(matrix.numpy(), self.classes, title))]
 
 
 class Parts:
@@ -555,7 +557,7 @@ class Parts:
     def __init__(self, config, device, train, test):
         self.config, self.device, self.classes, self.ranges = config, device, train.classes, train.class_parts
         self.train, self.test = train.to(device), test.to(device)
-        act.check_distinct(self.test, config.points // 16)
+        training.check_distinct(self.test, config.points // 16)
         part = torch.arange(max(last for _, last in self.ranges), device=device)
         self.allowed = torch.stack([(part >= first) & (part < last) for first, last in self.ranges])  # (categories, parts)
         self.extra = dict(task="parts", classes=self.classes, class_parts=self.ranges, points=config.points)
@@ -592,7 +594,7 @@ class Parts:
         rows, labels = [], self.test.labels[fixed].tolist()
         for xyz, truth, predicted, label in zip(*self.answers(model, fixed), labels):
             first, last = self.ranges[label]
-            rows.append([(xyz.numpy(), act.palette(last - first)[part.numpy() - first]) for part in (truth, predicted)])
+            rows.append([(xyz.numpy(), shapes.palette(last - first)[part.numpy() - first]) for part in (truth, predicted)])
         return self.evaluate(model), [("parts", (rows, ["truth", "prediction"], [self.classes[label] for label in labels]))]
 
 
@@ -657,7 +659,7 @@ def label_points(model, xyz, blocks, num_points, category=None):
     votes = torch.zeros(len(xyz), model.config.num_parts, dtype=torch.float64)
     for first in range(0, len(sets), 16):
         chosen, points = (torch.from_numpy(np.stack(part)) for part in zip(*sets[first : first + 16]))
-        points = (points.float() if category is None else act.unit_sphere(points)).to(device)
+        points = (points.float() if category is None else shapes.unit_sphere(points)).to(device)
         logits = model.eval()(points, None if category is None else torch.full((len(points),), category, device=device))
         votes.index_add_(0, chosen.flatten(), logits.flatten(0, 1).double().softmax(dim=1).cpu())
     return votes / votes.sum(dim=1, keepdim=True)
@@ -689,14 +691,14 @@ class Scenes:
 
     def finish(self, model):
         """Figures of all held-out rooms together, the table of classes, and two rooms without their ceiling and walls."""
-        matrix, rows, colors = 0, [], act.palette(len(self.classes))
+        matrix, rows, colors = 0, [], shapes.palette(len(self.classes))
         for room in self.test:
             predicted = label_points(model, room.xyz, room_blocks(room.xyz), self.config.points).argmax(dim=1)
             matrix = matrix + confusion(room.labels, predicted, len(self.classes))
             if len(rows) < 2:
                 shown = np.flatnonzero((room.labels != 0) & (room.labels != 2))
                 shown = (shown if len(shown) > 1 else np.arange(len(predicted)))[:: len(predicted) // 30_000 + 1]
-                up = act.normalize(room.xyz[shown][:, [0, 2, 1]] * [1, 1, -1])
+                up = shapes.normalize(room.xyz[shown][:, [0, 2, 1]] * [1, 1, -1])
                 rows.append([(up, colors[labels[shown]]) for labels in (room.labels, predicted.numpy())])
         each, (overall, mean) = iou(matrix).tolist(), accuracy(matrix)
         say(f"{'class':12}{'IoU':>8}{'accuracy':>10}{'points':>12}")
@@ -715,11 +717,11 @@ def fit(config, task, rank):
     if min(config.batch_size, len(task.train)) < 2:
         raise ValueError(f"--batch-size {config.batch_size} of {len(task.train)} clouds: BatchNorm wants at least 2")
     model = start_model(config, task.build, task.device)
-    run = act.Run(config, model, task.train, config.weight_decay, config.clip, task.extra)
+    run = training.Run(config, model, task.train, config.weight_decay, config.clip, task.extra)
 
     # -- loop ---------------------------------------------------------------------------------------------------------
     def schedule(step):
-        return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-6, 10 * run.per_epoch))
+        return dict(lr=training.learning_rate(step, run.total, config.lr, 1e-6, 10 * run.per_epoch))
 
     def finish_epoch(epoch):
         figures = task.evaluate(model) if rank == 0 else {}
@@ -771,7 +773,7 @@ def svm(config, device, train, test):
     for clouds in (task.train, task.test):
         batches = torch.arange(len(clouds), device=device).split(config.batch_size)
         found.append(torch.cat([features(model, first_points(clouds, indices, config.points)) for indices in batches]))
-    result, C = act.svm_accuracy(found[0], task.train.labels, found[1], task.test.labels)
+    result, C = training.svm_accuracy(found[0], task.train.labels, found[1], task.test.labels)
     if config.features:
         labels = torch.cat([train.labels, test.labels]).numpy()
         found = torch.cat(found).cpu().numpy()
@@ -792,9 +794,9 @@ def predict(config, device):
     """--predict: a table of labels, and of a segmenter each cloud with its labels in --out; --features: a file of them."""
     path = Path(config.predict)
     root, files = (path.parent, [path]) if path.is_file() else (path, sorted(path.rglob("*")))
-    files = {str(file.relative_to(root)): file for file in files if file == path or file.suffix.lower() in act.READERS}
+    files = {str(file.relative_to(root)): file for file in files if file == path or file.suffix.lower() in shapes.READERS}
     if not files:
-        raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(act.READERS)}")
+        raise ValueError(f"--predict {path}: no clouds there, wanted a file or a folder of {' '.join(shapes.READERS)}")
     model, stored = act.load(config.checkpoint, device), act.read_tensors(config.checkpoint)
     extra = stored.get("extra") or {}
     if config.points and "kind" not in stored:  # the release's files do not tell: a patch for every 16 points, as published
@@ -812,9 +814,9 @@ def predict(config, device):
     if kind == "Segmenter":
         return predict_points(config, model, extra, points, files)
     # normalised before they are rounded to float32: coordinates may be large
-    arrays = [(act.read_cloud if normalized else act.read_points)(file) for file in files.values()]
+    arrays = [(shapes.read_cloud if normalized else shapes.read_points)(file) for file in files.values()]
     clouds = labelled(path, arrays, np.zeros(len(arrays), int), normalized=normalized)
-    act.check_distinct(replace(clouds, names=[*map(str, files.values())]), model.config.num_group)
+    training.check_distinct(replace(clouds, names=[*map(str, files.values())]), model.config.num_group)
     clouds = thin(clouds, points, device)
     inputs = [first_points(clouds, indices, points) for indices in torch.arange(len(clouds), device=device).split(64)]
     if config.features:
@@ -837,7 +839,7 @@ def predict_points(config, model, extra, points, files):
     classes, ranges = extra.get("classes") or classes, extra.get("class_parts") or list(SHAPENET_PARTS.values())
     say(f"{'file':{width}}{'points':>9}  labels by share of points")
     for name, file in files.items():
-        xyz, category, known = act.read_points(file), None, dict(enumerate(classes))
+        xyz, category, known = shapes.read_points(file), None, dict(enumerate(classes))
         if c.num_categories:
             kind = config.category or file.resolve().parent.name
             if kind not in classes:
@@ -852,7 +854,7 @@ def predict_points(config, model, extra, points, files):
         target = Path(config.out) / name.replace("/", "-")
         names = dict(label_numbers=list(known), label_names=list(known.values()))
         write_arrays(f"{target}.npz", points=xyz, labels=labels, **names)
-        act.write_ply(f"{target}.ply", xyz, (255 * act.palette(max(known) + 1)[labels]).astype(np.uint8))
+        shapes.write_ply(f"{target}.ply", xyz, (255 * shapes.palette(max(known) + 1)[labels]).astype(np.uint8))
         told = [f"{known[i]} {100 * n / len(xyz):.0f} %" for i, n in Counter(labels.tolist()).most_common()]
         say(f"{name:{width}}{len(xyz):9d}  " + ", ".join(told))
     say(f"{config.out} holds each cloud with its labels, as .npz and as .ply coloured by them")
@@ -884,13 +886,13 @@ def settle(config, name, asked):
 
 
 def main():
-    config = act.parse_flags(Config, __doc__)
+    config = training.parse_flags(Config, __doc__)
     check(config)
-    device, rank, world = act.start_processes(config)
+    device, rank, world = training.start_processes(config)
     if config.predict:
         return predict(config, device) if rank == 0 else None
     asked = config.points
-    config = act.resolve(config, device, DEFAULTS[config.task])
+    config = training.resolve(config, device, DEFAULTS[config.task])
 
     # -- data ---------------------------------------------------------------------------------------------------------
     stored = config.data != "synthetic"
@@ -919,4 +921,4 @@ def main():
 
 
 if __name__ == "__main__":
-    act.run_script(main)
+    training.run_script(main)

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import act
-from act import flag, say
+import clouds as shapes
+import training
+from training import flag, say
 
 # -- config -----------------------------------------------------------------------------------------------------------
 DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the published one
@@ -26,7 +28,7 @@ DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the publi
 
 
 @dataclass
-class Config(act.RunConfig):
+class Config(training.RunConfig):
     out: str = flag("runs/student", "folder of the run's checkpoint, log, configuration and pictures")
     lr: float = flag(0.0, "peak learning rate; 0: the size's default", 1e-3, group="training")
     batch_size: int = flag(0, "clouds per step over all processes; 0: the size's default", 128, group="training")
@@ -118,22 +120,22 @@ def pictures(config, student, untrained, target, clouds):
         cloud = xyz[i].cpu().numpy()
         seen = (neighborhood[i] + center[i][:, None])[visible[i]].flatten(0, 1).cpu().numpy()
         made = (output[i] + center[i][masked[i]][:, None]).flatten(0, 1).cpu().numpy()
-        colors = act.palette(2)[[0] * len(seen) + [1] * len(made)]
+        colors = shapes.palette(2)[[0] * len(seen) + [1] * len(made)]
         reconstruction.append([(cloud, None), (seen, colors[: len(seen)]), (np.concatenate([seen, made]), colors)])
         carried = [act.interpolate(xyz[i : i + 1], center[i : i + 1], tokens[i : i + 1].float())[0] for tokens in of.values()]
-        components.append([(cloud, None), *((cloud, act.pca_colors(tokens.cpu().numpy())) for tokens in carried)])
+        components.append([(cloud, None), *((cloud, shapes.pca_colors(tokens.cpu().numpy())) for tokens in carried)])
     return [("reconstruction", (reconstruction, ["input", "visible", "output"])), ("features", (components, ["input", *of]))]
 
 
 def main():
-    config = act.parse_flags(Config, __doc__)
-    device, rank, world = act.start_processes(config)
-    config = act.resolve(config, device, DEFAULTS)
+    config = training.parse_flags(Config, __doc__)
+    device, rank, world = training.start_processes(config)
+    config = training.resolve(config, device, DEFAULTS)
     if not 0 < config.mask_ratio < 1:
         raise ValueError(f"--mask-ratio must lie between 0 and 1, found {config.mask_ratio}")
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    train, test = act.open_data(config, device, everything=True)
+    train, test = training.open_data(config, device, everything=True)
 
     # -- model: the teacher from its checkpoint alone, the student's patches as the teacher's ------------------------------
     teacher = act.load(config.teacher, device)
@@ -141,13 +143,13 @@ def main():
         raise ValueError(f"--teacher {config.teacher}: holds a {type(teacher).__name__}, wanted a Teacher")
     teacher.requires_grad_(False)
     if config.compile:
-        act.compile_blocks(teacher)
+        training.compile_blocks(teacher)
     target = Target(config, teacher)
     G, S = teacher.config.num_group, teacher.config.group_size
     if not 0 < int(config.mask_ratio * G) < G:
         raise ValueError(f"--mask-ratio {config.mask_ratio} hides {int(config.mask_ratio * G)} of the {G} patches, "
                          "wanted some, not all")
-    sizes = act.StudentConfig(**{**act.SIZES[config.size]["encoder"], "num_group": G, "group_size": S}, target_dim=target.dim)
+    sizes = act.StudentConfig(**{**training.SIZES[config.size]["encoder"], "num_group": G, "group_size": S}, target_dim=target.dim)
     torch.manual_seed(config.seed)
     student = act.Student(sizes).to(device)
     parameters = sum(p.numel() for p in student.parameters())
@@ -156,15 +158,15 @@ def main():
         f"{len(train)} clouds of {config.points} points, {len(test)} held out")
 
     # -- optimizer, resume --------------------------------------------------------------------------------------------
-    run = act.Run(config, student, train, config.weight_decay)
+    run = training.Run(config, student, train, config.weight_decay)
 
     def schedule(step):
-        return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-6, 10 * run.per_epoch))
+        return dict(lr=training.learning_rate(step, run.total, config.lr, 1e-6, 10 * run.per_epoch))
 
     # -- loop ---------------------------------------------------------------------------------------------------------
     def loss(net, step, indices, generator, share):
         xyz, _ = train.draw(indices, config.points, generator)
-        xyz = act.scale_translate(xyz, generator)
+        xyz = shapes.scale_translate(xyz, generator)
         neighborhood, center = act.group_points(xyz, G, S)
         mask = draw_mask(config, center, step)[share]
         neighborhood, center = neighborhood[share], center[share]
@@ -190,7 +192,7 @@ def main():
         taught = torch.tensor([i for i, name in enumerate(train.names) if name not in known], dtype=torch.long)
         if test.labels is not None and len(train.labels[taught].unique()) > 1:
             for name, model in (("svm_untrained", untrained), ("svm_trained", student)):
-                figures[name], _ = act.svm_accuracy(*features(model, train, taught, config.points, config.seed),
+                figures[name], _ = training.svm_accuracy(*features(model, train, taught, config.points, config.seed),
                                                     *features(model, test, torch.arange(len(test)), config.points, config.seed))
         run.close(pictures(config, student, untrained, target, test), **figures)
         if figures:
@@ -201,4 +203,4 @@ def main():
 
 
 if __name__ == "__main__":
-    act.run_script(main)
+    training.run_script(main)

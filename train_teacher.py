@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 import act
-from act import flag, say
+import clouds as shapes
+import training
+from training import flag, say
 
 # -- config -----------------------------------------------------------------------------------------------------------
 DEFAULTS = {  # size: epochs, batch and rate of a default run; base is the published one
@@ -25,7 +27,7 @@ PUBLISHED_STEPS = 196_500  # 300 epochs of 41,952 clouds in batches of 64; short
 
 
 @dataclass
-class Config(act.RunConfig):
+class Config(training.RunConfig):
     out: str = flag("runs/teacher", "folder of the run's checkpoint, log, configuration and pictures")
     lr: float = flag(0.0, "peak learning rate; 0: the size's default", 5e-4, group="training")
     batch_size: int = flag(0, "clouds per step over all processes; 0: the size's default", 64, group="training")
@@ -38,13 +40,13 @@ class Config(act.RunConfig):
 
 def temperature(step, total):
     """Of the Gumbel-softmax: 1 -> 0.0625 over the first 100,000 published steps."""
-    return act.cosine(step / (100_000 * min(1, total / PUBLISHED_STEPS)), 1.0, 0.0625)
+    return training.cosine(step / (100_000 * min(1, total / PUBLISHED_STEPS)), 1.0, 0.0625)
 
 
 def kl_weight(step, total):
     """0 for 10,000 published steps, then 0 -> 0.1 over 100,000."""
     scale = min(1, total / PUBLISHED_STEPS)
-    return act.cosine((step - 10_000 * scale) / (100_000 * scale), 0.0, 0.1)
+    return training.cosine((step - 10_000 * scale) / (100_000 * scale), 0.0, 0.1)
 
 
 def open_trunk(config, name, width):
@@ -84,20 +86,20 @@ def picture(teacher, clouds, points, seed):
     for i in range(len(xyz)):
         center = out.center[i][:, None]
         patches, coarse, fine = ((t[i] + center).cpu().numpy() for t in (out.neighborhood, out.coarse, out.fine))
-        colors = act.palette(len(patches)).repeat(patches.shape[1], axis=0)
+        colors = shapes.palette(len(patches)).repeat(patches.shape[1], axis=0)
         rows.append([(xyz[i].cpu().numpy(), None), (patches.reshape(-1, 3), colors),
                      (coarse.reshape(-1, 3), None), (fine.reshape(-1, 3), None)])
     return rows, ["input", "patches", "coarse", "fine"]
 
 
 def main():
-    config = act.parse_flags(Config, __doc__)
-    device, rank, world = act.start_processes(config)
-    config = act.resolve(config, device, DEFAULTS)
-    size = act.SIZES[config.size]
+    config = training.parse_flags(Config, __doc__)
+    device, rank, world = training.start_processes(config)
+    config = training.resolve(config, device, DEFAULTS)
+    size = training.SIZES[config.size]
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    train, test = act.open_data(config, device)
+    train, test = training.open_data(config, device)
     points = config.points
 
     # -- model --------------------------------------------------------------------------------------------------------
@@ -115,13 +117,13 @@ def main():
         f"{len(train)} clouds of {points} points, {len(test)} held out")
 
     # -- optimizer, resume --------------------------------------------------------------------------------------------
-    run = act.Run(config, teacher, train, config.weight_decay, extra=dict(usage=torch.zeros(sizes.num_tokens)))
+    run = training.Run(config, teacher, train, config.weight_decay, extra=dict(usage=torch.zeros(sizes.num_tokens)))
     usage = run.extra["usage"] = run.extra["usage"].to(device)  # of each code, in the epoch so far
     if rank == 0 and run.step == 0:
         run.extra["before"] = evaluate(teacher, test, points, config.seed)
 
     def schedule(step):
-        return dict(lr=act.learning_rate(step, run.total, config.lr, 1e-7, 10 * run.per_epoch),
+        return dict(lr=training.learning_rate(step, run.total, config.lr, 1e-7, 10 * run.per_epoch),
                     temperature=temperature(step, run.total),
                     # the KL term of a fixed tokenizer is a constant
                     kl_weight=kl_weight(step, run.total) if sizes.tokenizer == "trained" else 0.0)
@@ -160,4 +162,4 @@ def main():
 
 
 if __name__ == "__main__":
-    act.run_script(main)
+    training.run_script(main)
