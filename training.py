@@ -1,4 +1,5 @@
-"""What the scripts share: flags, processes, schedules, the loop with its checkpoints and log, the linear SVM."""
+"""What the scripts share: flags, device and processes, seeds, schedules, optimizer groups, a run's
+folder with its log and checkpoint, the linear SVM. The training loops stand in the scripts."""
 
 import argparse
 import hashlib
@@ -6,33 +7,365 @@ import json
 import math
 import os
 import re
-import resource
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn as nn
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import act
-import clouds as shapes
 
+RANK = int(os.environ.get("RANK", 0))  # this process among those that torchrun started
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+SIZES = {  # what differs from the paper; `backbone`: public weights, and the width of a random one
+    "tiny": dict(backbone=("vit_tiny_patch16_224", 192),
+                 encoder=dict(num_group=32, width=192, depth=6, num_heads=3, encoder_dims=192),
+                 teacher=dict(num_group=32, encoder_dims=192, tokens_dims=192, decoder_dims=192,
+                              num_tokens=512, num_prompt=16)),
+    "small": dict(backbone=("vit_small_patch16_384", 384), encoder={},
+                  teacher=dict(num_tokens=2048, num_prompt=32)),
+    "base": dict(backbone=("vit_base_patch16_384", 768), encoder={}, teacher={})}
+
+def flag(default, help, paper=None, kind=None, choices=None):
+    """A dataclass field that is also a flag of the default's type; `paper`: the published value."""
+    options = dict(default=default, type=kind or type(default), choices=choices)
+    if default is False:
+        options = dict(action="store_true")
+    if default == ():
+        options = dict(default=[], nargs="+", action="extend")
+    help += f" (default: {default})" if default else ""
+    help += f" (the paper: {paper})" if paper else ""
+    return field(default=default, metadata=dict(options, help=help.replace("%", "%%")))
+
+@dataclass
+class RunConfig:
+    """The flags of every script, which adds its own. None: the size's default."""
+    data: str = flag("synthetic", "'synthetic' or the path of a data set", "ShapeNet-55")
+    variant: str = flag("PB_T50_RS", "OBJ_BG, OBJ_ONLY or PB_T50_RS, of ScanObjectNN")
+    area: int = flag(5, "the area of S3DIS that is the test set", 5)
+    cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds")
+    points: int = flag(None, "points sampled from a cloud", 1024, int)
+    size: str = flag("auto", "auto: base on a GPU, else tiny", "base", str, ("auto", *SIZES))
+    out: str = flag("runs/run", "folder of the run's checkpoint, log, configuration and pictures")
+    epochs: int = flag(None, "passes over the data", None, int)
+    steps: int = flag(None, "train for so many steps instead", None, int)
+    batch_size: int = flag(None, "clouds per step, over all processes", None, int)
+    lr: float = flag(None, "peak learning rate", None, float)
+    seed: int = flag(0, "seed of everything random")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = flag("auto", "auto: bf16 where the hardware multiplies in it, else fp32",
+                          choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the Transformer blocks")
+    resume: bool = flag(False, "continue after the last epoch in --out, on a CPU bit for bit")
+    log_every: int = flag(None, "also log and print every so many steps", None, int)
+
+def parse_flags(config_class, description, argv=None):
+    """An instance of the dataclass from the command line. Raises ValueError for a bad flag."""
+    def fail(message):
+        raise ValueError(message)
+
+    layout = partial(argparse.RawDescriptionHelpFormatter, width=100)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=layout, allow_abbrev=False)
+    parser.error = fail
+    for f in fields(config_class):
+        parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata)
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub("^--[a-z_]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+    config = config_class(**vars(parser.parse_args(words)))
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    return config
+
+def override(config, pairs, names):
+    """A model's config with the NAME=VALUE pairs of --set applied, checked by name and type."""
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            kind = type(getattr(config, names[names.index(name)]))
+            config = replace(config, **{name: kind(text)})
+        except ValueError as error:
+            raise ValueError(f"--set {pair}: expected a value of {', '.join(names)}") from error
+    return config
+
+def run_script(main, config_class, description):
+    """Parses the flags and runs main(config). A user's mistake is one line and exit code 2."""
+    path, code = Path(), 2
+    try:
+        config = parse_flags(config_class, description)
+        path = Path(config.out) / "last.pt"
+        main(config)
+        return dist.destroy_process_group() if dist.is_initialized() else None
+    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+        message = f"error: {error}"
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+        if path.is_file():
+            epoch = act.read_tensors(path)["epoch"]
+            message += f"; the same command with --resume continues {path} after epoch {epoch}"
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+def setup(config, defaults):
+    """(config without `auto` and None, which the size's `defaults` replace; device). Seeds torch,
+    joins torchrun's processes, of which only the first prints."""
+    gpu = torch.cuda.is_available()
+    name = config.device.replace("auto", "cuda" if gpu else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if gpu else "cpu", name):
+        raise ValueError(f"--device: expected auto, cpu, or with a GPU cuda[:N], got {name}")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    cpuinfo = Path("/proc/cpuinfo")  # bf16 pays where it is multiplied in, not only converted to
+    bf16 = cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported()
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    torch.manual_seed(config.seed)
+    size = config.size.replace("auto", "base" if device.type == "cuda" else "tiny")
+    precision = config.precision.replace("auto", "bf16" if bf16 else "fp32")
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    settled = {"points": 1024, **defaults[size], **given, "size": size, "precision": precision}
+    return replace(config, **settled), device
+
+def seeded(device, *numbers):
+    """A generator that depends on the numbers alone: a step needs no memory of those before it."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+def seed_step(seed, step, device):
+    """Seeds this process's dropout and Gumbel noise -> a generator for the whole batch."""
+    torch.manual_seed(seeded("cpu", seed, "noise", step, RANK).initial_seed())
+    return seeded(device, seed, "batch", step)
+
+def place(config, num_group, device, *splits):
+    """Clouds, checked to have as many distinct points as patches, on the GPU if they fit."""
+    for clouds in splits:
+        for i, name in enumerate(clouds.names):
+            count = len(clouds[i][: 4 * num_group].unique(dim=0))
+            if count < num_group:
+                count = len(clouds[i].unique(dim=0))
+            if min(count, config.points) < num_group:
+                got = f"{count} with --points {config.points}"
+                raise ValueError(f"{name}: expected {num_group} distinct points, got {got}")
+    fit = device.type == "cuda" and splits[0].points.nbytes < torch.cuda.mem_get_info()[0] / 4
+    return [clouds.to(device) if fit else clouds for clouds in splits]
+
+def load(kind, path, device):
+    """The model in the checkpoint `path`, which must be of the class `kind`."""
+    model = act.load(path, device)
+    if not isinstance(model, kind):
+        raise ValueError(f"{path}: expected a {kind.__name__}, got a {type(model).__name__}")
+    return model
+
+def plan(config, count):
+    """The config with batch size, steps and epochs settled for `count` clouds."""
+    batch = min(config.batch_size, count // WORLD * WORLD)
+    if batch < 1 or batch % WORLD:
+        raise ValueError(f"--batch-size: expected a multiple of the {WORLD} processes, got {batch}")
+    steps = config.steps or config.epochs * (count // batch)
+    epochs = math.ceil(steps / (count // batch))
+    return replace(config, batch_size=batch, steps=steps, epochs=epochs)
+
+def epoch_batches(config, count, epoch, step=0):
+    """Indices of the clouds in each batch of an epoch (from 0) that is left at `step`. The last,
+    smaller batch is dropped, unless it is the only one."""
+    order = torch.randperm(count, generator=seeded("cpu", config.seed, "order", epoch))
+    batches = order.split(config.batch_size)[: count // config.batch_size]
+    first = epoch * len(batches)
+    return batches[max(0, step - first) : config.steps - first]
+
+def cosine(x, start, end):
+    """From `start` at x <= 0 to `end` at x >= 1 along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, x)))) / 2
+
+def set_lr(optimizer, step, config, end, warmup, start=1e-6):
+    """Linear from `start` over `warmup` steps (at most a tenth), then a cosine to `end`."""
+    warmup = min(warmup, config.steps / 10)
+    lr = cosine((step - warmup) / max(1, config.steps - warmup), config.lr, end)
+    if step < warmup:
+        lr = start + (config.lr - start) * step / warmup
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+def adamw(model, lr, weight_decay):
+    """AdamW as published: no decay on biases, 1-D parameters and names holding "token"."""
+    decayed, spared = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_spared = p.ndim <= 1 or name.endswith("bias") or "token" in name
+            (spared if is_spared else decayed).append(p)
+    groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+class SyncBatchNorm(torch.nn.SyncBatchNorm):
+    """act.BatchNorm with the statistics of all processes; on GPUs only."""
+    process_group = None
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+def parallel(model, config):
+    """The model as a loop calls it: blocks compiled if asked, gradients averaged over processes."""
+    for module in model.modules():
+        if config.compile and isinstance(module, act.Block):
+            module.compile()  # block by block: seconds, where the whole would take minutes
+        if WORLD > 1 and isinstance(module, act.BatchNorm) and module.weight.is_cuda:
+            module.__class__ = SyncBatchNorm
+    return torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+
+def sum_over_processes(tensor):
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+class Log:
+    """A run's folder: config.json, metrics.jsonl, and last.pt at the end of every epoch.
+
+    `state` is the checkpoint that a resumed run continues, already in the model, else None. Raises
+    ValueError if another run uses the folder, or settings or clouds (`names`) have changed."""
+    free = {"out", "resume", "log_every", "cache", "data", "device", "compile", "epochs",
+            "vote"}
+    kinds = ("*.pt", "*.jsonl", "*.json", "*.svg", "*.png", "*.ply", "*.csv", "*.npz")
+
+    def __init__(self, config, model, names):
+        self.config, self.model, self.out = config, model, Path(config.out)
+        self.step, self.epoch, self.seconds, self.state = 0, 0, 0.0, None
+        self.rows, self.values, self.written = [], [], 0  # written: values of the epoch in rows
+        clouds = hashlib.sha256(repr(names).encode()).hexdigest()
+        self.about = dict(settings={**asdict(config), "clouds": clouds}, command=sys.argv,
+                          device=str(next(model.parameters()).device), processes=WORLD,
+                          versions=f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+        if RANK == 0:
+            self.lock()
+        if config.resume and (self.out / "last.pt").is_file():
+            self.resume(self.out / "last.pt", len(names) // config.batch_size)
+        if RANK == 0:
+            if self.state is None and (self.out / "config.json").exists():
+                self.set_aside()
+            about = json.dumps({**self.about, "model": asdict(model.config)}, indent=1)
+            (self.out / "config.json").write_text(about)
+            lines = [json.dumps(row) + "\n" for row in self.rows]
+            (self.out / "metrics.jsonl").write_text("".join(lines))
+        self.began = time.monotonic() - self.seconds
+
+    def lock(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        if os.name == "posix":
+            import fcntl
+            try:  # until this process ends
+                file = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--out {self.out}: in use by another run") from error
+
+    def set_aside(self):
+        aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
+        aside.mkdir()
+        for file in [file for kind in self.kinds for file in self.out.glob(kind)]:
+            file.rename(aside / file.name)
+        print(f"the earlier run in {self.out} is now in {aside}")
+
+    def resume(self, path, steps_per_epoch):
+        self.state = state = act.read_tensors(path)
+        if "settings" not in state:
+            raise ValueError(f"{path}: expected a run's checkpoint, got {', '.join(state)}")
+        now, then = self.about["settings"], state["settings"]
+        free = {*self.free, "steps"} if now["steps"] > then["steps"] else self.free
+        changed = [f"{name} was {then[name]!r}, is {now.get(name)!r}" for name in then
+                   if name not in free and then[name] != now.get(name)]
+        if changed:
+            raise ValueError(f"{path}: expected the same settings, got: {'; '.join(changed)}")
+        act.load_exactly(self.model, state["model"], path)
+        torch.set_rng_state(state["random"])
+        self.rows, self.seconds, self.step = state["log"], state["seconds"], state["step"]
+        self.epoch = self.step // steps_per_epoch
+        longer = ", on the schedule of the longer run" if "steps" in free else ""
+        print(f"resumed {path} after epoch {state['epoch']}{longer}")
+
+    def add(self, **values):
+        """A step's tensors, of which rows have the mean, and numbers, of which they have the last.
+        No tensor is read before, since that would wait for a GPU."""
+        self.step += 1
+        self.last = values
+        tensors = [value.detach().float() for value in values.values() if torch.is_tensor(value)]
+        self.values.append(torch.stack(tensors))
+        if self.step % (self.config.log_every or self.config.steps + 1) == 0:
+            self.write(self.epoch + 1, self.values[self.written :])
+            self.written = len(self.values)
+        elif sys.stdout.isatty():
+            print(f"\r\033[K{self.pace()}", end="", flush=True)
+
+    def end_epoch(self, optimizer, metrics, **extra):
+        """The row of an epoch: its means and `metrics`; then the checkpoint."""
+        self.epoch += 1
+        self.write(self.epoch, self.values, **metrics)
+        self.values, self.written = [], 0
+        state = dict(kind=type(self.model).__name__, config=asdict(self.model.config),
+                     model=self.model.state_dict(), optimizer=optimizer.state_dict(),
+                     epoch=self.epoch, step=self.step, seconds=self.seconds, log=self.rows,
+                     random=torch.get_rng_state(), **self.about, **extra)
+        if RANK == 0:
+            act.save(state, self.out / "last.pt")
+
+    def pace(self):
+        rate = self.step / (time.monotonic() - self.began)
+        left = timedelta(seconds=int((self.config.steps - self.step) / rate))
+        clouds = f"{rate * self.config.batch_size:.1f} clouds/s"
+        return f"step {self.step} of {self.config.steps}  {clouds}  {left} left"
+
+    def write(self, epoch, values=(), **metrics):
+        """A row of metrics.jsonl; one with means, over steps and processes, is printed, too."""
+        if values:
+            means = sum_over_processes(torch.stack(values).mean(dim=0) / WORLD).tolist()
+            names = [name for name, value in self.last.items() if torch.is_tensor(value)]
+            metrics = {**self.last, **dict(zip(names, means)), **metrics}
+            if not all(map(math.isfinite, means)):
+                raise ValueError(f"loss not finite up to step {self.step}: {metrics}; lower --lr")
+            shown = [f"{name} {value:.4g}" for name, value in metrics.items()
+                     if isinstance(value, (int, float))]
+            clear = "\r\033[K" if sys.stdout.isatty() else ""
+            print(f"{clear}epoch {epoch}", self.pace(), *shown, sep="  ", flush=True)
+        self.seconds = time.monotonic() - self.began
+        row = dict(epoch=epoch, step=self.step, seconds=round(self.seconds, 2), **metrics)
+        self.rows.append(row)
+        if RANK == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def close(self, **metrics):
+        """The last row, with the closing metrics, and a line on time, memory and files."""
+        self.write(self.epoch, **metrics)
+        peak = torch.cuda.max_memory_allocated()
+        if not peak and os.name == "posix":
+            import resource
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        files = sorted(path.name for kind in self.kinds for path in self.out.glob(kind))
+        print(f"{self.seconds:.0f} s for {self.step} steps, peak memory {peak / 2**30:.2f} GiB; "
+              f"{self.out} holds {', '.join(files)}")
+        if 0 < self.step < 100:
+            print(f"{self.step} steps are too few for the statistics of BatchNorm to have settled: "
+                  "trained and untrained models do not compare")
 
 def linear_svm(features, labels, num_classes, C=1.0):
-    """One-against-rest linear SVM, full batch: min 1/2 |w|^2 + C sum_i max(0, 1 - y_i w.x_i)^2 for each class.
+    """One-against-rest linear SVM: for each class min ½ |w|² + C Σ max(0, 1 - y w·x)².
 
-    features: (n, D), labels: (n,) int64 -> weights (D + 1, classes) float64, the last row the intercept, which is
-    penalised too, as in LIBLINEAR. Deterministic.
-    """
-    x = torch.cat([features.double(), features.new_ones(len(features), 1).double()], dim=1)
+    features (n, D), labels (n,) -> weights (D + 1, classes) float64, the last row the intercept,
+    which is penalised too, as in LIBLINEAR. Deterministic."""
+    x = F.pad(features.double(), (0, 1), value=1.0)
     y = 2.0 * F.one_hot(labels, num_classes).double() - 1
-    w = torch.zeros(x.shape[1], num_classes, dtype=torch.float64, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=1e-6 * len(x), tolerance_change=1e-12, history_size=20,
-                               line_search_fn="strong_wolfe")
+    w = torch.zeros(x.shape[1], num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=1e-6 * len(x), history_size=20,
+                               tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def objective():
         solver.zero_grad()
@@ -40,18 +373,15 @@ def linear_svm(features, labels, num_classes, C=1.0):
         value.backward()
         return value
 
-    with torch.enable_grad():
-        solver.step(objective)
+    solver.step(objective)
     return w.detach()
-
 
 def svm_accuracy(train, train_labels, test, test_labels):
     """Percent of the test features that a linear SVM on the train features labels right, and its C.
 
-    Features are standardised by the train features. C is the best of 0.001, 0.01, 0.1 and 1 on every fifth train feature
-    in order of class, held out for that choice alone; of equals the smallest. Deterministic.
-    """
-    train, test, num_classes = train.double(), test.double(), int(max(train_labels.max(), test_labels.max())) + 1
+    Features are standardised by the train features. C is the best of 0.001, 0.01, 0.1 and 1 on
+    every fifth train feature in order of class, the smallest of equals. Deterministic."""
+    train, num_classes = train.double(), int(max(train_labels.max(), test_labels.max())) + 1
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
     order = train_labels.argsort(stable=True)
     x, y, test = ((train - mean) / std)[order], train_labels[order], (test - mean) / std
@@ -63,382 +393,3 @@ def svm_accuracy(train, train_labels, test, test_labels):
     held = torch.arange(len(x), device=x.device) % 5 == 0
     C = max((0.001, 0.01, 0.1, 1.0), key=lambda C: percent(x[~held], y[~held], x[held], y[held], C))
     return percent(x, y, test, test_labels, C), C
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running: flags, processes, schedules, the loop with its checkpoints and log
-# ---------------------------------------------------------------------------------------------------------------------
-
-def flag(default, help, paper=None, choices=None, group="run"):
-    """A dataclass field that is also a flag of the default's type; `paper`: the published value, shown by --help."""
-    said = f"{help} (default: {default!r}{'' if paper is None else f'; the paper: {paper}'})".replace("%", "%%")
-    kind = dict(action="store_true") if default is False else dict(type=type(default), choices=choices)
-    return field(default=default, metadata=dict(group=group, options=dict(default=default, help=said, **kind)))
-
-
-@dataclass
-class RunConfig:
-    """The flags that every script has; a script's own dataclass adds to them."""
-    data: str = flag("synthetic", "'synthetic' (embedded shapes) or the path of a data set", "ShapeNet-55", group="data")
-    cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds; '': beside the data", group="data")
-    size: str = flag("auto", "auto: base on a GPU, tiny on a CPU", "base", ("auto", "tiny", "small", "base"), group="model")
-    out: str = flag("runs/run", "folder of the run's checkpoint, log, configuration and pictures")
-    points: int = flag(0, "points drawn from a cloud; 0: the size's default", 1024, group="data")
-    epochs: int = flag(0, "passes over the data; 0: the size's default", 300, group="training")
-    steps: int = flag(0, "train for this many steps instead; 0: as --epochs says", group="training")
-    batch_size: int = flag(0, "clouds per step over all processes; 0: the size's default", group="training")
-    lr: float = flag(0.0, "peak learning rate; 0: the published one", group="training")
-    seed: int = flag(0, "seed of everything random")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("auto", "auto: bf16 where the device multiplies in it, else fp32", choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "torch.compile the Transformer blocks")
-    resume: bool = flag(False, "go on from the checkpoint in --out, bit for bit on a CPU")
-    save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one per epoch")
-    log_every: int = flag(0, "also log every so many steps; 0: the size's default, or epochs only")
-
-
-def parse_flags(config_class, description, argv=None):
-    """An instance of the dataclass from the command line; an unknown, abbreviated or unfit flag is a ValueError."""
-    def refuse(message):
-        raise ValueError(message)
-
-    layout = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=layout)
-    parser.error = refuse
-    groups = {}
-    for f in fields(config_class):
-        group = f.metadata["group"]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        groups[group].add_argument("--" + f.name.replace("_", "-"), **f.metadata["options"])
-    config = config_class(**vars(parser.parse_args(argv)))
-    for name in ("points", "epochs", "steps", "batch_size", "lr", "save_minutes", "log_every"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(config, name)}")
-    return config
-
-
-def run_script(main):
-    """Runs a script's main: a user's mistake is one line and exit code 2, never a traceback."""
-    mistake = None
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        mistake = str(error)
-    except RuntimeError as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            mistake = f"{error}: lower --batch-size"
-        elif re.search("Connection (closed|reset) by peer", str(error)):
-            mistake = "another process ended"
-        else:
-            raise
-    if mistake is not None:
-        process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"error{process}: {' '.join(mistake.split())}", file=sys.stderr, flush=True)
-    if torch.distributed.is_initialized():
-        if mistake is None:
-            torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0 if mistake is None else 2)  # the peers may hang in a collective; gloo's threads may abort an ordinary exit
-    sys.exit(0 if mistake is None else 2)
-
-
-def start_processes(config):
-    """(device, rank, number of processes), as torchrun set them up; one process without it. Seeds everything."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU here")
-    if device == "cuda":
-        device += f":{os.environ.get('LOCAL_RANK', 0)}"
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.manual_seed(config.seed)
-    return torch.device(device), int(os.environ.get("RANK", 0)), world
-
-
-def say(*words, **options):
-    """print, once, whatever the number of processes."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, **options, flush=True)
-
-
-def cosine(x, start, end):
-    """From `start` at x <= 0 to `end` at x >= 1 along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, x)))) / 2
-
-
-def learning_rate(step, total, peak, end, warmup, start=1e-6):
-    """Linear warm-up from `start` over `warmup` steps (at most a tenth of the run), then a cosine to `end` at `total`."""
-    warmup = min(warmup, total / 10)
-    if step < warmup:
-        return start + (peak - start) * step / warmup
-    return cosine((step - warmup) / max(1, total - warmup), peak, end)
-
-
-def compile_blocks(model):
-    """torch.compile on each Transformer block in place: seconds, where the whole would take minutes."""
-    for module in model.modules():
-        if isinstance(module, act.Block):
-            module.compile()
-
-
-def adamw(model, lr, weight_decay):
-    """AdamW without decay on one-dimensional parameters, biases and names holding "token" (Sec. 4, as published)."""
-    decayed, spared = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (spared if p.ndim <= 1 or name.endswith("bias") or "token" in name else decayed).append(p)
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-class Run:
-    """One training run: its folder, settings, checkpoint, log, and the loop over steps.
-
-    All that a step draws comes from seeds made of (seed, step), so that a resumed run goes on bit for bit, in the middle of
-    an epoch too, and every process draws the same batch and takes its share of it.
-    """
-    HARMLESS = set("out resume save_minutes log_every cache data device compile vote predict features category".split())
-
-    def __init__(self, config, model, clouds, weight_decay, clip=math.inf, extra=None):
-        self.config, self.model, self.clip, self.extra = config, model, clip, dict(extra or {})
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.names, self.out = next(model.parameters()).device, clouds.names, Path(config.out)
-        self.checkpoint, self.log = self.out / "last.pt", self.out / "metrics.jsonl"
-        self.digest = hashlib.sha256("\n".join(clouds.names).encode()).hexdigest()[:16]
-        check_distinct(clouds, model.config.num_group)
-        self.batch = min(config.batch_size, len(clouds))
-        if self.batch < self.world:
-            raise ValueError(f"--batch-size {self.batch} is less than the {self.world} processes")
-        self.per_epoch = len(clouds) // self.batch  # the last, smaller batch is dropped, unless it is the only one
-        self.total = config.steps or config.epochs * self.per_epoch
-        self.step, self.sums, self.seconds = 0, {}, 0.0
-        self.optimizer = adamw(model, config.lr, weight_decay)
-        self.net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.world > 1 else model
-        if config.compile:
-            compile_blocks(model)
-        self._open()
-
-    def _open(self):
-        """The folder: with --resume an earlier run in it is taken up, else its files are set aside."""
-        resume = self.config.resume and self.checkpoint.exists()
-        if resume:
-            self._resume()
-        elif self.config.resume:
-            say(f"--resume: no checkpoint {self.checkpoint} yet, from the beginning")
-        if self.rank:
-            return
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            ours = () if resume else ("last.pt", "metrics.jsonl", "config.json", "*.png", "*.ply")
-            earlier = [path for name in ours for path in self.out.glob(name)]
-            if earlier:
-                aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
-                aside.mkdir(exist_ok=True)
-                for path in earlier:
-                    path.rename(aside / path.name)
-                say(f"the earlier run in {self.out} is now in {aside}")
-            with act.whole_file(self.out / "config.json") as file:
-                file.write(json.dumps({**asdict(self.config), "model": asdict(self.model.config)}, indent=1).encode())
-        except OSError as error:
-            raise ValueError(f"--out {self.out}: cannot be written ({error.strerror})") from error
-
-    def _resume(self):
-        state, now = act.read_tensors(self.checkpoint), asdict(self.config)
-        if not {"settings", "model", "optimizer", "step"} <= set(state):
-            raise ValueError(f"{self.checkpoint}: wanted a checkpoint of a training run")
-        changed = [f"--{k.replace('_', '-')} was {v!r}, is {now.get(k)!r}" for k, v in state["settings"].items()
-                   if k not in self.HARMLESS and now.get(k) != v]
-        if state["clouds"] != self.digest:
-            changed.append("the data set's clouds are others")
-        if changed:
-            raise ValueError(f"{self.checkpoint}: cannot resume, since {'; '.join(changed)}")
-        act.load_exactly(self.model, state["model"], self.checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        self.step, self.seconds, self.extra = state["step"], state["seconds"], state["extra"]
-        self.sums = state["sums"] if self.rank == 0 else {name: 0 * value for name, value in state["sums"].items()}
-        if self.rank == 0 and self.log.exists():
-            rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
-            rows = [row for row in rows if row["step"] <= self.step and "loss" in row]  # the closing figures are made anew
-            with act.whole_file(self.log) as file:
-                file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
-        say(f"resumed {self.checkpoint} at step {self.step}")
-
-    def save(self):
-        if self.rank == 0:
-            act.save({"kind": type(self.model).__name__, "config": asdict(self.model.config), "model": self.model.state_dict(),
-                  "optimizer": self.optimizer.state_dict(), "settings": asdict(self.config), "clouds": self.digest,
-                  "step": self.step, "epoch": self.step // self.per_epoch, "random": torch.get_rng_state(),
-                  "sums": self.sums, "seconds": self.seconds, "extra": self.extra,
-                  "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}, self.checkpoint)
-
-    def record(self, **values):
-        """Appends one object to metrics.jsonl; figures that are not finite become null."""
-        if self.rank == 0:
-            epoch = -(-self.step // self.per_epoch)  # the one that the last step belongs to, from 1
-            values = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 2), **values}
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            with open(self.log, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def train(self, schedule, loss, finish_epoch=lambda epoch: {}):
-        """The loop. schedule(step) -> {"lr": …, further numbers handed to the loss and logged}.
-
-        loss(net, step, indices (B,), generator, share, **numbers) -> (loss, {name: scalar tensor}): means over the clouds
-        `share` (a slice) of the batch; draws made from the generator are for the whole batch.
-        """
-        stop, order, seed = [], None, self.config.seed
-        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-        began, saved = time.monotonic() - self.seconds, time.monotonic()
-        self.model.train()
-        while self.step < self.total:
-            epoch, position = divmod(self.step, self.per_epoch)
-            if order is None or position == 0:  # each epoch takes all clouds, in a new order
-                order = torch.randperm(len(self.names), generator=act.seeded("cpu", seed, "order", epoch)).split(self.batch)
-            numbers = schedule(self.step)
-            self._update(loss, order[position], **numbers)
-            self.seconds = time.monotonic() - began
-            ends = position + 1 == self.per_epoch or self.step == self.total
-            stopped, late = self._agree(ends, bool(stop), time.monotonic() - saved > 60 * self.config.save_minutes)
-            saves, logs = ends or stopped or late, ends or self.step % (self.config.log_every or math.inf) == 0
-            self._progress(hidden=ends or stopped)
-            if saves or logs or self.device.type == "cpu":  # all that waits for a GPU
-                means = {**self._means(order[position]), **numbers}
-            if ends:
-                self.sums = {}
-                means.update(finish_epoch(epoch + 1))
-                self.model.train()
-                shown = "  ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, (int, float)))
-                say(f"epoch {epoch + 1}  step {self.step}  {shown}  seconds {self.seconds:.1f}")
-            if logs:
-                self.record(**means)
-            if saves:
-                self.save()
-                saved = time.monotonic()
-            if stopped and self.step < self.total:
-                say(f"stopped at step {self.step} of {self.total}; "
-                    f"the same command with --resume goes on from {self.checkpoint}")
-                sys.exit(128 + stop[0] if stop else 143)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        self.model.eval()
-
-    def _update(self, loss, indices, lr, **numbers):
-        """One step of the optimizer, on this process's share of the clouds; adds to the epoch's sums, waits for nothing."""
-        share, seed = slice(self.rank, None, self.world), self.config.seed
-        weight = len(indices[share]) / len(indices)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # dropout, drop path, Gumbel noise: different on every process
-        torch.manual_seed(act.seeded("cpu", seed, "noise", self.step, self.rank).initial_seed())
-        generator = act.seeded(self.device, seed, "batch", self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            value, parts = loss(self.net, self.step, indices, generator, share, **numbers)
-        self.optimizer.zero_grad()
-        (value * (weight * self.world)).backward()  # DDP averages over processes, not over clouds
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
-        self.step += 1
-        for name, tensor in {"loss": value, **parts, "grad_norm": norm}.items():
-            self.sums[name] = self.sums.get(name, 0) + weight * tensor.detach().double()
-
-    def _agree(self, now, *conditions):
-        """Whether each condition holds in any process; asked `now`, else at every 16th step, since all wait for all."""
-        if self.world == 1:
-            return conditions
-        if not now and self.step % 16:
-            return [False] * len(conditions)
-        flags = torch.tensor(conditions, dtype=torch.int, device=self.device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        return flags.bool().tolist()
-
-    def _means(self, indices):
-        """Means of the epoch so far over all processes' clouds. Raises ValueError if loss or gradient is not finite."""
-        sums = torch.stack(list(self.sums.values()))
-        if self.world > 1:
-            torch.distributed.all_reduce(sums)
-            self.sums = dict(zip(self.sums, sums if self.rank == 0 else torch.zeros_like(sums)))  # process 0 has and saves all
-        means = dict(zip(self.sums, (sums / ((self.step - 1) % self.per_epoch + 1)).tolist()))
-        if not all(map(math.isfinite, means.values())):
-            names = ", ".join(self.names[i] for i in indices[:5])
-            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
-            raise ValueError(f"the loss or its gradient is not finite at step {self.step - 1} (clouds {names}, …): "
-                             f"lower --lr, or --precision fp32; {kept}")
-        return means
-
-    def _progress(self, hidden):
-        """On a terminal a bar with rate and time left, `hidden` where a line follows."""
-        if self.rank == 0 and sys.stdout.isatty():
-            rate, left = self.step * self.batch / self.seconds, int(self.seconds * (self.total / self.step - 1))
-            bar = (f"[{'#' * (20 * self.step // self.total):.<20}] step {self.step}/{self.total}  {rate:.1f} clouds/s  "
-                   f"{left // 60}:{left % 60:02d} left")
-            print("\r\033[K" + ("" if hidden else bar), end="", flush=True)
-
-    def close(self, pictures=(), **figures):
-        """The run's closing figures as the last object of the log, its pictures, time and memory."""
-        if self.rank:
-            return
-        self.record(**figures)
-        for name, picture in pictures:  # an image, or what write_gallery takes
-            if isinstance(picture, np.ndarray):
-                shapes.write_png(self.out / f"{name}.png", picture)
-            else:
-                shapes.write_gallery(self.out / name, *picture)
-        rows = [json.loads(line) for line in self.log.read_text().splitlines()]
-        curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in ("loss", "reconstruction")}
-        curves = {name: tuple(zip(*points)) for name, points in curves.items() if points}
-        shapes.write_png(self.out / "loss.png", shapes.plot_lines(curves, "training loss", "step", "loss"))
-        peak = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        say(f"{self.seconds:.0f} s for {self.step} steps, peak memory {peak / 2**30:.2f} GiB; {self.out} holds "
-            + ", ".join(sorted(p.name for p in self.out.iterdir() if p.is_file() and not p.name.startswith("."))))
-
-
-SIZES = {  # the teacher's and the student's, where they are not the paper's
-    "tiny": dict(trunk="vit_tiny_patch16_224", trunk_width=192,
-                 encoder=dict(num_group=32, width=192, depth=6, num_heads=3, encoder_dims=192),
-                 teacher=dict(num_group=32, encoder_dims=192, tokens_dims=192, decoder_dims=192, num_tokens=512,
-                              num_prompt=16, tokenizer="fixed")),
-    "small": dict(trunk="vit_small_patch16_384", trunk_width=384, encoder={}, teacher=dict(num_tokens=2048, num_prompt=32)),
-    "base": dict(trunk="vit_base_patch16_384", trunk_width=768, encoder={}, teacher={}),
-}
-
-
-def processor_has_bf16():
-    """Whether the CPU multiplies in bf16, not only converts to it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text()) is not None
-
-
-def resolve(config, device, defaults):
-    """The settings with `auto` and 0 replaced by what they stand for on this device."""
-    bf16 = device.type == "cuda" or processor_has_bf16()
-    auto = dict(size="base" if device.type == "cuda" else "tiny", precision="bf16" if bf16 else "fp32")
-    config = replace(config, **{name: value for name, value in auto.items() if getattr(config, name) == "auto"})
-    default = {"points": 1024, **defaults[config.size]}
-    return replace(config, **{name: getattr(config, name) or value for name, value in default.items()})
-
-
-def check_distinct(clouds, num_group):
-    """Raises ValueError, naming the first cloud that has fewer distinct points than patches."""
-    for i, name in enumerate(clouds.names):
-        points = clouds[i]
-        if len(points[: 4 * num_group].unique(dim=0)) < num_group and (n := len(points.unique(dim=0))) < num_group:
-            raise ValueError(f"{name}: has {n} distinct points, wanted at least the {num_group} patches of the model")
-
-
-def open_data(config, device, everything=False):
-    """(train, test) Clouds of --data, on the device where they fit; `everything`: ShapeNet-55 is trained on whole."""
-    if config.data == "synthetic":
-        train, test = shapes.synthetic_clouds(50, seed=0), shapes.synthetic_clouds(20, seed=1)
-    else:
-        first = None if everything and shapes._shapenet(Path(config.data)) else "train"
-        train, test = (shapes.open_clouds(config.data, split, config.cache or None) for split in (first, "test"))
-    if device.type == "cuda" and train.points.nbytes < torch.cuda.mem_get_info()[0] // 4:
-        train, test = train.to(device), test.to(device)
-    return train, test
