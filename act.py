@@ -65,7 +65,7 @@ def farthest_point_sample(xyz, num_samples, generator=None):
         diff = planes - planes.gather(2, idx[-1].expand(3, B, 1))
         diff *= diff
         nearest = torch.minimum(nearest, diff[0].add_(diff[1]).add_(diff[2]))  # (B, N)
-        idx.append(nearest.argmax(dim=1, keepdim=True))  # the first of equal maxima
+        idx.append(nearest.max(dim=1, keepdim=True).indices)  # the first of equal maxima
     return torch.cat(idx, dim=1)
 
 def knn(query, xyz, k):

@@ -14,7 +14,6 @@ import argparse
 import copy
 import ctypes
 import importlib
-import math
 import os
 import platform
 import re
@@ -33,17 +32,15 @@ import act
 import training
 
 threads = torch.get_num_threads()
-from test_act import plain_chamfer, plain_fps, plain_form, plain_knn  # noqa: E402
+from test_act import listed, plain_chamfer, plain_fps, plain_form, plain_knn  # noqa: E402
 torch.set_num_threads(threads)  # the tests run on one
 
 notes, differences = [], []
 
 # ---- Measuring -----------------------------------------------------------------------------------
-
 def race(device, repeats, forms):
     """Seconds of each form, taken in turns after one run to warm up: {name: [seconds]}."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
-    times = {name: [] for name in forms}
+    wait, times = getattr(torch, device.type).synchronize, {name: [] for name in forms}
     for _ in range(repeats + 1):
         for name, form in forms.items():
             wait()
@@ -60,7 +57,10 @@ def row(*cells):
     print("| " + " | ".join(cells) + " |", flush=True)
 
 def compare(what, device, repeats, forms, goals):
-    """A row for each other form, beside ours."""
+    """A row for each other form, beside ours; the second is to give the same."""
+    ours, plain = ([t.double() for t in listed(form())] for form in list(forms.values())[:2])
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(ours, plain)):
+        differences.append(what)
     times = race(device, repeats, forms)
     ms = {name: f"{name} {1e3 * median(values):.4g} ms" for name, values in times.items()}
     for other in list(forms)[1:]:
@@ -68,22 +68,20 @@ def compare(what, device, repeats, forms, goals):
         row(what, ms["ours"], ms[other], factor, goals.get(other, ""))
 
 def peak_memory(device, form):
-    """What `form` takes beyond what is held before it, in MiB; nan where the system cannot say."""
-    def high_water():
+    """What `form` takes beyond what is held before it."""
+    def peak():
         if device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        status = Path("/proc/self/status")
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**10
+            return torch.cuda.max_memory_allocated() >> 20
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # gives back what is free
         Path("/proc/self/clear_refs").write_text("5")  # lowers the mark to what is held
     else:
-        return math.nan
-    before = high_water()
-    form()
-    return high_water() - before
+        return "unknown"
+    before, _, after = peak(), form(), peak()
+    return f"{after - before} MiB"
 
 def best_product(device, dtype):
     """(FLOP, form) of a matrix product at the machine's full rate."""
@@ -96,53 +94,39 @@ def random_clouds(B, N, device):
     return (xyz / xyz.norm(dim=-1).amax(dim=1)[:, None, None]).to(device)
 
 # ---- Geometry ------------------------------------------------------------------------------------
-
 def bench_geometry(device, repeats):
-    peers = {}
-    for name in ("torch_cluster", "fpsample"):
+    peers = {"torch_cluster": None, "fpsample": None}
+    for name in peers:
         try:
             peers[name] = importlib.import_module(name)
         except Exception as error:  # a library can be there and broken
             notes.append(f"no comparison with {name} ({error})")
-    cluster, fpsample = peers.get("torch_cluster"), peers.get("fpsample")
+    cluster, fpsample = peers.values()
     for B, N, G in [(32, 1024, 64), (32, 2048, 128), (16, 8192, 512)]:
-        xyz = random_clouds(B, N, device)
+        xyz, k = random_clouds(B, N, device), 32
+        query = act.gather_points(xyz, act.farthest_point_sample(xyz, G))
         fps = {"ours": partial(act.farthest_point_sample, xyz, G),
                "textbook": partial(plain_fps, xyz, G)}
-        query = act.gather_points(xyz, fps["ours"]())
-        knn = {"ours": partial(act.knn, query, xyz, 32), "plain": partial(plain_knn, query, xyz, 32)}
-        if not torch.equal(fps["ours"](), fps["textbook"]()):
-            differences.append(f"FPS ({B}, {N} -> {G})")
-        if not torch.equal(knn["ours"]()[0], knn["plain"]()[0]):
-            differences.append(f"kNN ({B}, {G} of {N})")
+        knn = {"ours": partial(act.knn, query, xyz, k), "plain": partial(plain_knn, query, xyz, k)}
         if cluster:
             batch, rows = (torch.arange(B, device=device).repeat_interleave(n) for n in (N, G))
             x, y = xyz.flatten(0, 1), query.flatten(0, 1)
             fps["torch_cluster"] = partial(cluster.fps, x, batch, G / N, random_start=False)
-            knn["torch_cluster"] = partial(cluster.knn, x, y, 32, batch, rows)
+            knn["torch_cluster"] = partial(cluster.knn, x, y, k, batch, rows)
         if fpsample and device.type == "cpu":
-            fps["fpsample"] = lambda: [fpsample.fps_sampling(a, G, start_idx=0) for a in xyz.numpy()]
+            sample = partial(fpsample.fps_sampling, n_samples=G, start_idx=0)
+            fps["fpsample"] = lambda: [sample(cloud) for cloud in xyz.numpy()]
+        goal = {"torch_cluster": ">= 1 x" if N < 8192 else ""}
         compare(f"FPS ({B}, {N} -> {G})", device, repeats, fps, {"textbook": ">= 3 x"})
-        compare(f"kNN ({B}, {G} of {N}), k = 32", device, repeats, knn,
-                {"torch_cluster": ">= 1 x" if N < 8192 else ""})
+        compare(f"kNN ({B}, {G} of {N}), k = {k}", device, repeats, knn, goal)
 
 def bench_chamfer(device, repeats):
     a, b = (random_clouds(8, N, device).requires_grad_() for N in (2048, 2047))
-
-    def gradients(distance):
-        loss = distance(a, b)
-        return loss, *torch.autograd.grad(loss, (a, b))
-    distances = {"ours": act.chamfer_distance, "plain": plain_chamfer}
-    forms = {name: partial(gradients, distance) for name, distance in distances.items()}
-    ours, plain = (f"{peak_memory(device, form):.0f} MiB" for form in forms.values())
-    row("Chamfer's extra memory", ours, f"plain {plain}", "", "bounded")
-    for ours, plain in zip(forms["ours"](), forms["plain"]()):
-        if not torch.allclose(ours, plain, rtol=1e-4, atol=1e-9):
-            differences.append("Chamfer or its gradient")
-    compare("Chamfer (8, 2048, 2047) and gradients", device, repeats, forms, {})
+    forms = {"ours": partial(act.chamfer_distance, a, b), "plain": partial(plain_chamfer, a, b)}
+    row("Chamfer's extra memory", *(peak_memory(device, f) for f in forms.values()), "", "bounded")
+    compare("Chamfer (8, 2048, 2047)", device, repeats, forms, {})
 
 # ---- Stages --------------------------------------------------------------------------------------
-
 def stage_one(B, device):
     """-> our model, the loss of one batch as a function of the model."""
     model = act.Teacher(act.TeacherConfig(prompt_dropout=0.0)).to(device).train()
@@ -156,32 +140,22 @@ def stage_two(B, device):
     mask = act.random_mask(torch.empty(B, 64, 3), 0.8, torch.Generator().manual_seed(0))
 
     def loss(model):
-        neighborhood, center = act.group_points(xyz, 64, 32)
+        patches = act.group_points(xyz, 64, 32)
         with torch.no_grad():
-            target = teacher.features(neighborhood, center, prompts)
+            target = teacher.features(*patches, prompts)
             target = act.gather_points(target, act.split_mask(mask, device)[1])
-        return act.distillation_loss(model(neighborhood, center, mask), target)
+        return act.distillation_loss(model(*patches, mask), target)
     return model, loss
 
-def check_stage(name, model, loss):
-    """Compares both forms with the same weights and noise -> FLOP of our step."""
-    values, flops, gradients = [], [], []
-    for form in (nullcontext, plain_form):
-        torch.manual_seed(1)  # the Gumbel noise
-        model.zero_grad()
-        with form(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            value = loss(model)
-            value.backward()
-        values.append(value.item())
-        flops.append(counter.get_total_flops())
-        parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        gradients.append(torch.cat(parts).double())
-    error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
-    note = f"{name}: loss {values[0]:.6f}, plain {values[1]:.6f}; gradients differ by {error:.1e}"
-    notes.append(note)  # gradients jump where a nearest neighbour or a maximum changes hands
-    if abs(values[0] - values[1]) > 1e-5 * abs(values[1]) or error > 2e-2:
-        differences.append(note)
-    return flops[0]
+def gradients(model, loss, form):
+    """-> the loss, the whole gradient, the FLOP of both, with fixed Gumbel noise."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with form(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        value = loss(model)
+        value.backward()
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return value.item(), torch.cat(parts), counter.get_total_flops()
 
 def train_step(model, loss, optimizer, device, bf16=False, form=nullcontext):
     with form(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -194,10 +168,15 @@ def bench_stage(name, build, goal, device, repeats, products):
     """Steps of 8 clouds, plainly and ours in each precision, in turns with matrix products."""
     torch.manual_seed(0)
     model, loss = build(8, device)
-    flop = check_stage(name, model, loss)
-    plain, optimizer = copy.deepcopy(model), training.adamw(model, 5e-4, 0.05)
-    other = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=5e-4)
-    forms = {"plain": partial(train_step, plain, loss, other, device, form=plain_form)}
+    (ours, gradient, flop), (plain, expected, _) = (
+        gradients(model, loss, form) for form in (nullcontext, plain_form))
+    error = ((gradient - expected).norm() / expected.norm()).item()
+    notes.append(f"{name}: loss {ours:.6f}, plain {plain:.6f}; gradients differ by {error:.1e}")
+    if abs(ours - plain) > 1e-5 * abs(plain) or error > 2e-2:  # they jump where a maximum does
+        differences.append(notes[-1])
+    twin, optimizer = copy.deepcopy(model), training.adamw(model, 5e-4, 0.05)
+    other = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=5e-4)
+    forms = {"plain": partial(train_step, twin, loss, other, device, form=plain_form)}
     for precision, (_, product) in products.items():
         forms[precision] = partial(train_step, model, loss, optimizer, device, precision == "bf16")
         forms[f"product {precision}"] = product
@@ -206,10 +185,11 @@ def bench_stage(name, build, goal, device, repeats, products):
         step, product = times[precision], times[f"product {precision}"]
         share = f"{100 * flop / work * ratio(product, step):.0f} % of the best product"
         ours = f"{1e3 * median(step):.0f} ms, {8 / median(step):.1f} clouds/s, {share}"
-        row(f"{name} step, batch 8, {precision}", ours, f"plain {1e3 * median(times['plain']):.0f} ms",
+        plain = f"plain fp32 {1e3 * median(times['plain']):.0f} ms"
+        row(f"{name} step, batch 8, {precision}", ours, plain,
             f"{ratio(times['plain'], step):.2f} x", goal if precision == "fp32" else "")
-    ours, plain = (f"{peak_memory(device, forms[form]):.0f} MiB" for form in ("fp32", "plain"))
-    row(f"{name}'s extra memory, fp32", ours, f"plain {plain}", "", "")
+    memory = [peak_memory(device, forms[form]) for form in ("fp32", "plain")]
+    row(f"{name}'s extra memory, fp32", *memory, "", "")
 
 def bench_published(device, repeats, compiled):
     """The published runs on a GPU in bf16."""
@@ -219,36 +199,32 @@ def bench_published(device, repeats, compiled):
         for module in model.modules():
             if compiled and isinstance(module, act.Block):
                 module.compile()
-        xyz = random_clouds(B, 1024, device)
-        center = act.gather_points(xyz, act.farthest_point_sample(xyz, 64))
-        optimizer = training.adamw(model, 5e-4, 0.05)
+        xyz, optimizer = random_clouds(B, 1024, device), training.adamw(model, 5e-4, 0.05)
         forms = {"step": partial(train_step, model, loss, optimizer, device, True),
                  "FPS": partial(act.farthest_point_sample, xyz, 64),
-                 "kNN": partial(act.knn, center, xyz, 32)}
-        race(device, 3, forms)  # compiles
-        memory, times = peak_memory(device, forms["step"]), race(device, 5 * repeats, forms)
+                 "kNN": partial(act.knn, xyz[:, :64], xyz, 32)}
+        times = race(device, 5 * repeats, forms)  # its first run compiles
+        memory = peak_memory(device, forms["step"])
         step = median(times["step"])
         shares = [f"{n} {100 * ratio(times[n], times['step']):.1f} %" for n in ("FPS", "kNN")]
         row(f"{name}, {steps:,} steps of {B}, bf16{', compiled' if compiled else ''}",
-            f"{1e3 * step:.1f} ms a step, {B / step:.0f} clouds/s", f"{memory:.0f} MiB",
+            f"{1e3 * step:.1f} ms a step, {B / step:.0f} clouds/s", memory,
             ", ".join(shares), f"{steps * step / 3600:.2f} h")
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="torch.compile the published runs")
     args = parser.parse_args()
     device, cpuinfo = torch.device(args.device), Path("/proc/cpuinfo")
-    torch.backends.cudnn.allow_tf32 = False  # the plain form's convolutions in fp32
-    repeats, steps = (2, 1) if args.quick else (9, 7)
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    bf16, name = re.search("avx512_bf16|amx_bf16", text), re.search(r"model name\s*: (.*)", text)
-    machine = name[1] if name else platform.machine()
+    machine = re.search(r"model name\s*: (.*)|$", text)[1] or platform.machine()
+    bf16 = re.search("avx512_bf16|amx_bf16", text)
     if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported()
-        machine += f", {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        torch.backends.cudnn.allow_tf32 = False  # the plain form's convolutions in fp32
+        bf16, machine = True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    repeats, steps = (2, 1) if args.quick else (9, 7)
     print(f"{machine}, {os.cpu_count()} cores, {threads} threads; torch {torch.__version__}\n")
     row("what", "ours", "beside it", "ratio", "goal")
     row(*["---"] * 5)

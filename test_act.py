@@ -330,10 +330,12 @@ def test_fps_equals_the_textbook_index_for_index(kind, B, N, share, seed, dtype)
     xyz, G = cloud(kind, B, N, seed, dtype), max(1, round(share * N))
     equal(act.farthest_point_sample(xyz, G), plain_fps(xyz, G))
 
-def test_fps_is_equivariant_to_permutations_and_reads_non_contiguous_points():
+def test_fps_and_knn_are_equivariant_to_permutations_and_read_non_contiguous_points():
     xyz, perm = randn(100, 3, 2, 5)[:, :, 1, ::2].transpose(0, 1), permutation(100, first=1)
-    equal(act.farthest_point_sample(xyz, 30), plain_fps(xyz, 30))
-    equal(perm[act.farthest_point_sample(xyz[:, perm], 30)], act.farthest_point_sample(xyz, 30))
+    idx, permuted = (act.farthest_point_sample(points, 30) for points in (xyz, xyz[:, perm]))
+    equal((idx, idx), (plain_fps(xyz, 30), perm[permuted]))
+    (sqdist, idx), permuted = act.knn(xyz, xyz, 8), act.knn(xyz[:, perm], xyz[:, perm], 8)
+    equal((permuted[0], perm[permuted[1]]), (sqdist[:, perm], idx[:, perm]))
 
 def test_fps_starts_where_its_generator_says_alone():
     xyz, state = randn(16, 50, 3), torch.get_rng_state()
@@ -353,12 +355,6 @@ def test_knn_equals_a_stable_sort_ties_included(kind, B, Q, N, share, seed, dtyp
     xyz, query = cloud(kind, B, N, seed, dtype), cloud(kind, B, Q, seed + 1, dtype)
     k = max(1, round(share * N))
     equal(act.knn(query, xyz, k), stable_knn(query, xyz, k))
-
-def test_knn_is_permutation_equivariant():
-    xyz, query, perm, order = randn(2, 400, 3), randn(2, 30, 3), permutation(400), permutation(30)
-    sqdist, idx = act.knn(query, xyz, 8)
-    permuted_sqdist, permuted_idx = act.knn(query[:, order], xyz[:, perm], 8)
-    equal((permuted_sqdist, perm[permuted_idx]), (sqdist[:, order], idx[:, order]))
 
 @pytest.mark.skipif(os.name != "posix", reason="measures memory through Unix's resource")
 def test_knn_of_a_million_points_takes_little_memory():
@@ -466,15 +462,6 @@ def test_geometry_on_a_gpu_equals_the_cpu(name):
     found = getattr(act, name)(*arguments(name, device="cuda"))
     for a, b in zip(listed(found), listed(getattr(act, name)(*arguments(name)))):
         close(a.cpu().double(), b.double(), 1e-6)
-
-@pytest.mark.parametrize("call, words", [
-    (lambda xyz: act.farthest_point_sample(xyz, 0), ["num_samples", 5, 0]),
-    (lambda xyz: act.knn(xyz, xyz, 6), ["k", 5, 6]),
-    (lambda xyz: act.group_points(xyz, 6, 2), [5, 6]),
-    (lambda xyz: act.chamfer_distance(xyz, xyz, norm=3), ["norm", 3])])
-def test_geometry_names_what_is_wrong(call, words):
-    with refused(*words):
-        call(randn(2, 5, 3))
 
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry_source_runs_alone_beside_torch(name):
@@ -845,6 +832,10 @@ def test_segmenter_reads_the_encoder_at_thirds_of_any_depth(depth, depths):
     assert model.depths == depths and model(random_clouds()).shape == (3, 64, 5)
 
 @pytest.mark.parametrize("call, words", [
+    (lambda: act.farthest_point_sample(TOKENS, 0), ["num_samples", 5, 0]),
+    (lambda: act.knn(IMAGES[0], IMAGES[0], 13), ["k", 12, 13]),
+    (lambda: act.group_points(randn(2, 5, 3), 6, 2), [5, 6]),
+    (lambda: act.chamfer_distance(TOKENS, TOKENS, norm=3), ["norm", 3]),
     (lambda: make("Segmenter")(random_clouds()), ["category", 3]),
     (lambda: HEADED["scene"][0]()(random_clouds(), torch.zeros(3).long()), ["category", 0]),
     (lambda: make("Classifier", head="mlp"), ["head", "mlp3", "mlp"]),
@@ -854,7 +845,7 @@ def test_segmenter_reads_the_encoder_at_thirds_of_any_depth(depth, depths):
     (lambda: act.Block(10, 3), [10, 3]),
     (lambda: act.TeacherConfig(prompt="wide"), ["prompt", "deep", "wide"]),
     (lambda: act.FoldingDecoder(8, 30), ["group_size", 4, 30])])
-def test_models_name_what_is_wrong(call, words):
+def test_what_is_wrong_is_named(call, words):
     with refused(*words):
         call()
 
@@ -975,7 +966,7 @@ def plain_vit(state, x, heads=HEADS, eps=1e-6, **kind):
     return norm("norm", x)
 
 def same_outputs(model, state, **kind):
-    assert not model.training
+    assert not model.training and model.config.eps == kind.get("eps", 1e-6)
     close(model.forward_tokens(TOKENS), plain_vit(state, TOKENS, **kind))
     if "pos_embed" in state:
         close(model.forward_features(IMAGES), plain_vit(state, IMAGES, **kind))
@@ -1440,31 +1431,23 @@ def test_official_teachers_are_read_also_as_tokenizers(tmp_path, backbone, promp
     loaded = act.load(path, num_group=10, num_heads=2, prompt_dropout=0.0)
     assert_same(model, loaded, weights="official.pth")
 
-@pytest.mark.parametrize("encoder_dims, head", [(12, "proj_head."), (16, "proj_head.0.")])
-def test_official_students_are_read_without_teacher_and_unused_heads(tmp_path, encoder_dims, head):
-    model = make("Student", encoder_dims=encoder_dims)
-    state = renamed(official_names(model), [(r"^proj_head\.", head)])
-    if head == "proj_head.0.":
-        state["proj_head.0.weight"] = state["proj_head.0.weight"][..., None]
-    state |= beside("ACT_encoder.lm_head.weight", "ACT_encoder.cls_head.0.bias",
-                    "dvae_tokenizer.codebook", "dvae_tokenizer.encoder.first_conv.0.weight")
-    assert_same(model, act.load(released(tmp_path, state), **UNSEEN))
+BESIDE_STUDENT = beside("ACT_encoder.lm_head.weight", "ACT_encoder.cls_head.0.bias",
+                        "dvae_tokenizer.codebook", "dvae_tokenizer.encoder.first_conv.0.weight")
 
-@pytest.mark.parametrize("head", ["mlp3", "linear"])
-def test_official_classifiers_are_read_with_the_papers_sizes(tmp_path, head):
-    model = make("Classifier", head=head)
-    path = released(tmp_path, official_names(model))
-    assert_same(model, act.load(path, points=model.config.points, **UNSEEN))
-    paper = act.load(path, num_heads=3).config
-    assert (paper.num_group, paper.group_size, paper.points) == (128, 32, 2048)
-
-@pytest.mark.parametrize("suffix", ["_cls", ""])
-@pytest.mark.parametrize("categories", [16, 0])
-def test_official_segmenters_are_read_in_newer_and_older_names(tmp_path, suffix, categories):
-    model = make("Segmenter", num_categories=categories)
-    state = renamed(official_names(model), [(r"_cls\.", suffix + ".")])
-    path = released(tmp_path, state, key="model_state_dict", prefix="base_model.")
-    assert_same(model, act.load(path, **UNSEEN))
+@pytest.mark.parametrize("kind, options, rules, more", [
+    ("Student", dict(encoder_dims=12), [], BESIDE_STUDENT),
+    ("Student", {}, [(r"^proj_head\.", "proj_head.0.")], BESIDE_STUDENT),
+    ("Classifier", dict(head="mlp3"), [], {}), ("Classifier", dict(head="linear"), [], {}),
+    ("Segmenter", dict(num_categories=16), [], {}), ("Segmenter", dict(num_categories=0), [], {}),
+    ("Segmenter", {}, [(r"_cls\.", ".")], {})])  # older names
+def test_official_models_are_read(tmp_path, kind, options, rules, more):
+    model = make(kind, **options)
+    state = renamed(official_names(model), rules) | more
+    for key, prefix in (("base_model", "module."), ("model_state_dict", "base_model.")):
+        path = released(tmp_path, state, key, prefix)
+        assert_same(model, act.load(path, points=model.config.points, **UNSEEN))
+    papers = act.load(path, num_heads=3).config
+    assert (papers.num_group, papers.group_size) == (64 if kind == "Student" else 128, 32)
 
 def test_point_mae_students_get_a_new_class_token_with_a_warning(tmp_path):
     model = make("Student", target_dim=3 * 8)
