@@ -44,7 +44,7 @@ from training import RANK, WORLD, flag
 
 # -- config ---------------------------------------------------------------------------------------
 DEFAULTS = {  # base: as published
-    "tiny": dict(points=4096, epochs=16, batch_size=8, lr=1e-3),
+    "tiny": dict(points=4096, epochs=12, batch_size=8, lr=1e-3),
     "small": dict(points=20000, epochs=180, batch_size=8, lr=5e-4),
     "base": dict(points=40000, epochs=1080, batch_size=8, lr=5e-4)}
 SIZES = {  # what differs from DetectorConfig
@@ -56,13 +56,11 @@ SCANNET = dict(  # the published names, and their nyu40 ids
     cabinet=3, bed=4, chair=5, sofa=6, table=7, door=8, window=9, bookshelf=10, picture=11,
     counter=12, desk=14, curtain=16, refrigerator=24, showercurtrain=28, toilet=33, sink=34,
     bathtub=36, garbagebin=39)
-NO_OBJECT = 0.25  # weight of that class
 SHOWN = 0.3  # the least score of a box in pictures and tables
 
 @dataclass
 class Config(training.RunConfig):
     out: str = flag("runs/detect", "folder of the results")
-    points: int = flag(None, "points sampled from a room", 40_000, int)
     checkpoint: str = flag("runs/student/last.pt", "a student; none: from scratch")
     weight_decay: float = flag(0.1, "AdamW's weight decay, of every parameter", 0.1)
     clip: float = flag(0.1, "largest norm of the gradient", 0.1)
@@ -131,7 +129,7 @@ def layer_loss(logits, center, size, extent, boxes, labels):
         matched.append(generalized_box_iou(predicted[b, query, None], own[:, None]))  # (K, 1, 1)
         off.append((predicted[b, query] - own).abs() / extent[b].repeat(2))
     weight = torch.ones_like(logits[0, 0])
-    weight[-1] = NO_OBJECT
+    weight[-1] = 0.25  # no object
     number = training.sum_over_processes(weight.new_tensor(sum(map(len, boxes)))) / WORLD
     matched, (center, size) = torch.cat(matched), torch.cat(off).split(3, dim=1)
     sums = {"giou": (1 - matched).sum(), "center": 5 * center.sum(), "size": size.sum()}
@@ -377,11 +375,6 @@ def evaluate(detections, data):
     names = ("ap25", "ap50", "recall")
     return {name: dict(zip(names, row)) for name, row in zip([*data.classes, "mean"], rows)}
 
-def likeliest(detection):
-    """(boxes (n, 6), classes (n,), scores (n,)) of a room's detections worth showing, as arrays."""
-    boxes, (scores, kinds) = detection[0], detection[1].max(dim=1)
-    return tuple(t[scores > SHOWN].numpy() for t in (boxes, kinds, scores))
-
 def outline(xyz, boxes, colors):
     """A grey room (n, 3) and dotted edges of boxes (k, 6) in colors (k, 3): points and colours."""
     sides = np.array([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)]) - 0.5
@@ -409,23 +402,23 @@ def predict(config, device):
         points = clouds.read_points(file)
         low = points.min(axis=0)  # subtracted in float64
         scene = Scene(file.name, np.float32(points - low), np.zeros((0, 6)), np.zeros(0))
-        boxes, kinds, scores = likeliest(detect(model, [scene])[0])
-        boxes = boxes + [*low, 0, 0, 0]
+        boxes, scores = detect(model, [scene])[0]
+        shown = scores.amax(dim=1) > SHOWN
+        boxes, (scores, kinds) = boxes[shown].numpy() + [*low, 0, 0, 0], scores[shown].max(dim=1)
         print(f"{file}: {len(points)} points, {np.ptp(points, axis=0)} m, {len(boxes)} boxes")
-        for box, kind, score in zip(boxes.round(2), kinds, scores):
+        for box, kind, score in zip(boxes.round(2), kinds.tolist(), scores.tolist()):
             print(f"  {c.class_names[kind]:16}{score:.2f}  center {box[:3]}  size {box[3:]}")
         xyz, colors = outline(points, boxes, clouds.palette(len(c.class_names))[kinds])
         clouds.write_ply(Path(config.out, f"{file.stem}.ply"), xyz, np.uint8(255 * colors))
 
 def start_model(config, classes):
     """A Detector with the encoder of --checkpoint, or one of --size newly initialised."""
-    sizes, source = act.EncoderConfig(**training.SIZES[config.size]["encoder"]), None
-    if config.checkpoint != "none":
-        source = act.load(config.checkpoint)
-        if not isinstance(source, act.Student):
-            raise ValueError(f"--checkpoint {config.checkpoint}: expected a Student, got another")
-        sizes = source.config
-    sizes = {name: getattr(sizes, name) for name in ("width", "depth", "num_heads", "encoder_dims")}
+    source = None if config.checkpoint == "none" else act.load(config.checkpoint)
+    if source and not isinstance(source, act.Student):
+        raise ValueError(f"--checkpoint {config.checkpoint}: expected a Student, got another model")
+    default = act.EncoderConfig(**training.SIZES[config.size]["encoder"])
+    sizes = {name: getattr(source.config if source else default, name)
+             for name in ("width", "depth", "num_heads", "encoder_dims")}
     sizes.update(SIZES[config.size], points=config.points, class_names=classes)
     torch.manual_seed(config.seed)  # the decoder does not depend on where the encoder comes from
     model = Detector(DetectorConfig(**sizes))
@@ -497,15 +490,16 @@ def main(config):
           "training {ap25_start:.1f}, {ap50_start:.1f}; always the likeliest class's mean box "
           "{ap25_mean_box:.1f}, {ap50_mean_box:.1f}".format(**metrics))
     rows = []
-    for (_, xyz, true, _), detection in zip(data.test[:3], detections):
-        found, low, high = likeliest(detection)[0], xyz.min(axis=0), xyz.max(axis=0)
+    for (_, xyz, true, _), (boxes, scores) in zip(data.test[:3], detections):
+        found, low, high = boxes[scores.amax(dim=1) > SHOWN], xyz.min(axis=0), xyz.max(axis=0)
         inner = xyz[((xyz > low + [0.1, 0.1, -1]) & (xyz < high - 0.1)).all(axis=1)]  # no walls
         colors = np.repeat([[0.1, 0.5, 0.2], [0.9, 0.4, 0.1]], [len(true), len(found)], axis=0)
         xyz, colors = outline(inner, np.concatenate([true, found]), colors)
         rows.append([(clouds.normalize(xyz)[:, [1, 2, 0]], colors)])  # y up
     clouds.write_gallery(log.out / "boxes", rows, columns=3)
     clouds.write_chart(log.out / "loss.svg", log.rows)
-    log.close(**metrics, classes=table)
+    classes = {name: row for name, row in table.items() if row["ap25"] == row["ap25"]}  # no NaN
+    log.close(**metrics, classes=classes)
 
 if __name__ == "__main__":
     training.run_script(main, Config, __doc__)

@@ -50,8 +50,8 @@ import training
 from training import RANK, WORLD, flag
 
 # -- config ----------------------------------------------------------------------------------------
-EPOCHS = dict(  # tiny, whose BatchNorm needs some 100 steps; small; base: as published
-    classify=(8, 50, 300), fewshot=(100, 50, 150), svm=(1, 1, 1), parts=(3, 30, 300),
+EPOCHS = dict(  # tiny, whose BatchNorm needs some 60 steps or more; small; base: as published
+    classify=(8, 50, 300), fewshot=(60, 50, 150), svm=(1, 1, 1), parts=(3, 30, 300),
     scene=(6, 10, 60))
 QUERIES, FOLDS = 20, 10  # test clouds per class of a few-shot episode; episodes
 AUGMENTATIONS = ("auto", "rotate", "scale_translate", "none")
