@@ -61,10 +61,11 @@ def farthest_point_sample(xyz, num_samples, generator=None):
         first = torch.randint(N, (B, 1), generator=generator, device=generator.device)
     idx = [first.to(xyz.device)]
     nearest = torch.full_like(planes[0], float("inf"))  # squared distance to the chosen points
+    diff = torch.empty_like(planes)  # one buffer: fresh pages cost as much as the arithmetic
     while len(idx) < num_samples:
-        diff = planes - planes.gather(2, idx[-1].expand(3, B, 1))
+        torch.sub(planes, planes.gather(2, idx[-1].expand(3, B, 1)), out=diff)
         diff *= diff
-        nearest = torch.minimum(nearest, diff[0].add_(diff[1]).add_(diff[2]))  # (B, N)
+        torch.minimum(nearest, diff[0].add_(diff[1]).add_(diff[2]), out=nearest)  # (B, N)
         idx.append(nearest.max(dim=1, keepdim=True).indices)  # the first of equal maxima
     return torch.cat(idx, dim=1)
 
@@ -84,8 +85,7 @@ def knn(query, xyz, k):
     step = Q  # an exported graph holds for any B; else chunks fit a CPU core's cache, or fill a GPU
     if not torch.compiler.is_compiling():
         step = max(1, (2**17 if xyz.device.type == "cpu" else 2**26) // max(1, B * N))
-    # allocated before the loop, or the heap grows by each chunk's temporaries
-    sqdist = torch.empty(B, Q, k, dtype=dtype, device=xyz.device)
+    sqdist = torch.empty(B, Q, k, dtype=dtype, device=xyz.device)  # here, or the heap fragments
     idx = torch.empty(B, Q, k, dtype=torch.long, device=xyz.device)
     for start in range(0, Q, step):
         part = slice(start, start + step)

@@ -455,7 +455,7 @@ def write_h5(path, seed=0, label=(0, 14, 1, 2), name="label"):
         file["data"] = np.stack([points(seed=seed + i) + 7 for i in range(len(label))])
         file[name] = np.array(label)
 
-@pytest.mark.parametrize("seed, variant", enumerate(clouds.SCAN_FILES))
+@pytest.mark.parametrize("seed, variant", list(enumerate(clouds.SCAN_FILES)))
 @pytest.mark.parametrize("above", ["set", "set/h5_files"])
 def test_scanobjectnn_is_read_as_stored_by_variant(above, seed, variant):
     for i, (split, end) in enumerate(clouds.SCAN_FILES.values()):
