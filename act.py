@@ -765,13 +765,16 @@ class Teacher(nn.Module):
 
     def tokenize(self, neighborhood, center):
         """Index of each patch's code: (B, G, S, 3), (B, G, 3) -> (B, G) int64."""
-        graph = knn(center, center, 4)[1]
-        return self.dgcnn_1(self.encoder(neighborhood), graph).argmax(dim=-1)
+        return self.dgcnn_1(self.encoder(neighborhood), knn(center, center, 4)[1]).argmax(dim=-1)
 
     def features(self, neighborhood, center, prompts=None):
         """The distillation target, deterministic in eval mode: (B, G, D) of the argmax codes."""
         tokens = F.embedding(self.tokenize(neighborhood, center), self.codebook)
         return self.dgcnn_2(self.transform(tokens, center, prompts), knn(center, center, 4)[1])
+
+    def decode(self, tokens, center):
+        """Codes' vectors (B, G, D) at centres (B, G, 3) -> coarse, fine: see TeacherOutput."""
+        return self.decoder(self.dgcnn_2(self.transform(tokens, center), knn(center, center, 4)[1]))
 
     def forward(self, xyz, temperature=1.0, hard=False):
         """Autoencodes (B, N, 3): Gumbel noise in train mode; else softmax, argmax if `hard`."""
@@ -784,8 +787,7 @@ class Teacher(nn.Module):
             tokens = F.embedding(logits.argmax(dim=-1), self.codebook)  # one-hot times codebook
         else:
             tokens = F.softmax(logits / temperature, dim=-1) @ self.codebook
-        coarse, fine = self.decoder(self.dgcnn_2(self.transform(tokens, center), graph))
-        return TeacherOutput(coarse, fine, neighborhood, center, logits)
+        return TeacherOutput(*self.decode(tokens, center), neighborhood, center, logits)
 
 def teacher_loss(output, kl_weight):
     """Stage I loss: (total, reconstruction, kl), total = reconstruction + kl_weight * kl.
@@ -1007,9 +1009,8 @@ class Segmenter(nn.Module):
         c = self.config = config
         self.encoder = Encoder(c, cls_token=False)
         self.depths = [max(1, c.depth * i // 3) for i in (1, 2, 3)]  # 4, 8, 12 of 12
-        dim, label_dim = 3 * c.width, 0
+        dim, label_dim = 3 * c.width, 64 if c.num_categories else 0
         if c.num_categories:
-            label_dim = 64
             self.label_conv = nn.Sequential(
                 nn.Linear(c.num_categories, 64, bias=False), BatchNorm(64), nn.LeakyReLU(0.2))
         self.propagation = nn.Sequential(
@@ -1026,8 +1027,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"category: expected indices below {c.num_categories}, or None for 0, "
                              f"got {category}")
         neighborhood, center = self.encoder.group(xyz)
-        tokens = self.encoder.layers(neighborhood, center, self.depths)
-        tokens = torch.cat(tokens, dim=-1)  # (B, G, 3 C)
+        tokens = torch.cat(self.encoder.layers(neighborhood, center, self.depths), dim=-1)
         cloud = [tokens.amax(dim=1), tokens.mean(dim=1)]
         if category is not None:
             one_hot = F.one_hot(category, c.num_categories).to(tokens.dtype)

@@ -1,28 +1,24 @@
-"""Speed of act beside the textbook forms, peers and the machine's own limit, in one run.
+"""Speed of act beside the textbook forms, torch_cluster and the machine's own limit, in one run.
 
     python bench.py                          # two CPU cores: minutes
     python bench.py --quick                  # fewer repeats: under two minutes
     python bench.py --device cuda --compile  # a GPU: the same rows, and the published runs in hours
 
 Times are medians of repeats taken in turns, so that a noisy neighbour disturbs all forms alike; a
-ratio is the median of the turns' ratios. The plain forms are test_act.py's oracles: channels first,
-every edge and copy explicit, prompts as tokens, one-hot codes, all distances at once. Both have the
-same weights at the paper's sizes, without dropout. Exits 1 where their results differ.
-"""
+ratio is the median of the turns' ratios. The plain forms are test_act.py's oracles, with the same
+weights at the paper's sizes, without dropout. Exits 1 where the results differ."""
 
 import argparse
 import copy
 import ctypes
-import importlib
 import os
-import platform
 import re
 import sys
-import timeit
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,11 +39,7 @@ def race(device, repeats, forms):
     wait, times = getattr(torch, device.type).synchronize, {name: [] for name in forms}
     for _ in range(repeats + 1):
         for name, form in forms.items():
-            wait()
-            start = timeit.default_timer()
-            form()
-            wait()
-            times[name].append(timeit.default_timer() - start)
+            times[name].append(timeit(lambda: (form(), wait()), number=1))
     return {name: values[1:] for name, values in times.items()}
 
 def ratio(slow, fast):
@@ -56,7 +48,7 @@ def ratio(slow, fast):
 def row(*cells):
     print("| " + " | ".join(cells) + " |", flush=True)
 
-def compare(what, device, repeats, forms, goals):
+def compare(what, device, repeats, forms, **goals):
     """A row for each other form, beside ours; the second is to give the same."""
     ours, plain = ([t.double() for t in listed(form())] for form in list(forms.values())[:2])
     if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(ours, plain)):
@@ -68,7 +60,7 @@ def compare(what, device, repeats, forms, goals):
         row(what, ms["ours"], ms[other], factor, goals.get(other, ""))
 
 def peak_memory(device, form):
-    """What `form` takes beyond what is held before it."""
+    """What `form` takes beyond what is held before it; on a GPU or Linux."""
     def peak():
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20
@@ -76,18 +68,12 @@ def peak_memory(device, form):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # gives back what is free
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free
         Path("/proc/self/clear_refs").write_text("5")  # lowers the mark to what is held
     else:
         return "unknown"
     before, _, after = peak(), form(), peak()
     return f"{after - before} MiB"
-
-def best_product(device, dtype):
-    """(FLOP, form) of a matrix product at the machine's full rate."""
-    n = 8192 if device.type == "cuda" else 2048
-    x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3, partial(torch.nn.functional.linear, x, w)
 
 def random_clouds(B, N, device):
     xyz = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(N + B))
@@ -95,36 +81,28 @@ def random_clouds(B, N, device):
 
 # ---- Geometry ------------------------------------------------------------------------------------
 def bench_geometry(device, repeats):
-    peers = {"torch_cluster": None, "fpsample": None}
-    for name in peers:
-        try:
-            peers[name] = importlib.import_module(name)
-        except Exception as error:  # a library can be there and broken
-            notes.append(f"no comparison with {name} ({error})")
-    cluster, fpsample = peers.values()
+    a, b = (random_clouds(8, N, device).requires_grad_() for N in (2048, 2047))
+    forms = {"ours": partial(act.chamfer_distance, a, b), "plain": partial(plain_chamfer, a, b)}
+    row("Chamfer's extra memory", *(peak_memory(device, f) for f in forms.values()), "", "bounded")
+    compare("Chamfer (8, 2048, 2047)", device, repeats, forms)
+    try:
+        import torch_cluster as peer
+    except Exception as error:  # it can be there and broken
+        peer = notes.append(f"no comparison with torch_cluster ({error})")
     for B, N, G in [(32, 1024, 64), (32, 2048, 128), (16, 8192, 512)]:
         xyz, k = random_clouds(B, N, device), 32
         query = act.gather_points(xyz, act.farthest_point_sample(xyz, G))
         fps = {"ours": partial(act.farthest_point_sample, xyz, G),
                "textbook": partial(plain_fps, xyz, G)}
         knn = {"ours": partial(act.knn, query, xyz, k), "plain": partial(plain_knn, query, xyz, k)}
-        if cluster:
+        if peer:
             batch, rows = (torch.arange(B, device=device).repeat_interleave(n) for n in (N, G))
             x, y = xyz.flatten(0, 1), query.flatten(0, 1)
-            fps["torch_cluster"] = partial(cluster.fps, x, batch, G / N, random_start=False)
-            knn["torch_cluster"] = partial(cluster.knn, x, y, k, batch, rows)
-        if fpsample and device.type == "cpu":
-            sample = partial(fpsample.fps_sampling, n_samples=G, start_idx=0)
-            fps["fpsample"] = lambda: [sample(cloud) for cloud in xyz.numpy()]
-        goal = {"torch_cluster": ">= 1 x" if N < 8192 else ""}
-        compare(f"FPS ({B}, {N} -> {G})", device, repeats, fps, {"textbook": ">= 3 x"})
-        compare(f"kNN ({B}, {G} of {N}), k = {k}", device, repeats, knn, goal)
-
-def bench_chamfer(device, repeats):
-    a, b = (random_clouds(8, N, device).requires_grad_() for N in (2048, 2047))
-    forms = {"ours": partial(act.chamfer_distance, a, b), "plain": partial(plain_chamfer, a, b)}
-    row("Chamfer's extra memory", *(peak_memory(device, f) for f in forms.values()), "", "bounded")
-    compare("Chamfer (8, 2048, 2047)", device, repeats, forms, {})
+            fps["torch_cluster"] = partial(peer.fps, x, batch, G / N, random_start=False)
+            knn["torch_cluster"] = partial(peer.knn, x, y, k, batch, rows)
+        compare(f"FPS ({B}, {N} -> {G})", device, repeats, fps, textbook=">= 3 x")
+        compare(f"kNN ({B}, {G} of {N}), k = {k}", device, repeats, knn,
+                torch_cluster=">= 1 x" if N < 8192 else "")
 
 # ---- Stages --------------------------------------------------------------------------------------
 def stage_one(B, device):
@@ -196,16 +174,13 @@ def bench_published(device, repeats, compiled):
     runs = [("stage I", stage_one, 64, 196_500), ("stage II", stage_two, 128, 123_000)]
     for name, build, B, steps in runs:
         model, loss = build(B, device)
-        for module in model.modules():
-            if compiled and isinstance(module, act.Block):
-                module.compile()
+        training.parallel(model, training.RunConfig(compile=compiled))
         xyz, optimizer = random_clouds(B, 1024, device), training.adamw(model, 5e-4, 0.05)
         forms = {"step": partial(train_step, model, loss, optimizer, device, True),
                  "FPS": partial(act.farthest_point_sample, xyz, 64),
                  "kNN": partial(act.knn, xyz[:, :64], xyz, 32)}
         times = race(device, 5 * repeats, forms)  # its first run compiles
-        memory = peak_memory(device, forms["step"])
-        step = median(times["step"])
+        memory, step = peak_memory(device, forms["step"]), median(times["step"])
         shares = [f"{n} {100 * ratio(times[n], times['step']):.1f} %" for n in ("FPS", "kNN")]
         row(f"{name}, {steps:,} steps of {B}, bf16{', compiled' if compiled else ''}",
             f"{1e3 * step:.1f} ms a step, {B / step:.0f} clouds/s", memory,
@@ -219,19 +194,20 @@ def main():
     args = parser.parse_args()
     device, cpuinfo = torch.device(args.device), Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    machine = re.search(r"model name\s*: (.*)|$", text)[1] or platform.machine()
+    machine = re.search(r"model name\s*: (.*)|$", text)[1] or "CPU"
     bf16 = re.search("avx512_bf16|amx_bf16", text)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # the plain form's convolutions in fp32
         bf16, machine = True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     repeats, steps = (2, 1) if args.quick else (9, 7)
     print(f"{machine}, {os.cpu_count()} cores, {threads} threads; torch {torch.__version__}\n")
-    row("what", "ours", "beside it", "ratio", "goal")
-    row(*["---"] * 5)
-    bench_chamfer(device, repeats)
+    print("| what | ours | beside it | ratio | goal |\n" + 5 * "| --- " + "|")
     bench_geometry(device, repeats)
+    products, n = {}, 8192 if device.type == "cuda" else 2048  # these run at the machine's rate
     dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if bf16 else {})
-    products = {name: best_product(device, dtype) for name, dtype in dtypes.items()}
+    for name, dtype in dtypes.items():
+        x, w = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        products[name] = 2 * n**3, partial(torch.nn.functional.linear, x, w)  # FLOP, form
     bench_stage("stage I", stage_one, ">= 1.5 x", device, steps, products)
     bench_stage("stage II", stage_two, ">= 1.4 x", device, steps, products)
     if device.type == "cuda":

@@ -41,7 +41,6 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in (
 peer = partial(pytest.importorskip, exc_type=Exception)  # a library can be there and broken
 
 # ---- Helpers, also of the other test files -------------------------------------------------------
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -172,7 +171,6 @@ def double(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 # ---- Plain forms: what one writes first. What holds no optimisation (a Block) serves both forms --
-
 def plain_sqdist(a, b):
     """All squared distances at once: (B, N, 3), (B, M, 3) -> (B, N, M)."""
     return (a[:, :, None] - b[:, None]).square().sum(-1)
@@ -292,7 +290,6 @@ def plain_form():
         yield
 
 # ---- Geometry ------------------------------------------------------------------------------------
-
 GEOMETRY = ["farthest_point_sample", "knn", "gather_points", "group_points", "chamfer_distance",
             "fscore", "interpolate"]
 KINDS = {
@@ -471,7 +468,6 @@ def test_geometry_source_runs_alone_beside_torch(name):
     equal(space[name](*arguments(name)), getattr(act, name)(*arguments(name)))
 
 # ---- Transformer ---------------------------------------------------------------------------------
-
 def plain_norm(x, norm):
     centred = x - x.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
@@ -523,7 +519,6 @@ def test_drop_path_keeps_the_expectation_by_whole_samples_in_training_only():
         assert block.eval()(torch.zeros(9, 2, 12)).unique().tolist() == [1]
 
 # ---- Optimisations beside their plain forms ------------------------------------------------------
-
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("shape", [(6, 5), (3, 4, 2, 5)])
 def test_batch_norm_equals_torchs_on_flattened_axes_statistics_included(shape, train):
@@ -548,7 +543,6 @@ def test_split_products_equal_explicit_concatenation(module, x, more, plain, tra
     same_with_gradients(module(x, *more), plain(module, x, *more), [x, *module.parameters()], 1e-9)
 
 # ---- Teacher -------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("prompt", ["deep", "shallow", "none"])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_prompted_backbone_equals_the_full_sequence_through_every_block(kind, prompt):
@@ -662,7 +656,6 @@ def test_kl_is_zero_for_uniform_use_of_the_codes_and_grows_with_their_collapse()
         assert kl == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 # ---- Student -------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("masks", [act.random_mask, act.block_mask])
 @pytest.mark.parametrize("ratio, masked", [(0, 0), (0.05, 0), (0.45, 4), (0.8, 8), (1, 10)])
 def test_masks_hold_the_exact_share_of_every_cloud_by_their_generator_alone(masks, ratio, masked):
@@ -775,7 +768,6 @@ def test_distillation_losses_equal_independent_formulas():
     assert act.distillation_loss(a, -3 * a).item() == pytest.approx(2, rel=1e-6)
 
 # ---- Downstream heads ----------------------------------------------------------------------------
-
 HEADED = {  # the model, what it takes besides the clouds
     "mlp3": (partial(make, "Classifier"), []),
     "linear": (partial(make, "Classifier", head="linear"), []),
@@ -850,7 +842,6 @@ def test_what_is_wrong_is_named(call, words):
         call()
 
 # ---- Export, devices, imports --------------------------------------------------------------------
-
 @pytest.mark.parametrize("kind", ["Classifier", "Student"])
 def test_torch_export_works_with_any_batch(kind):
     model = make(kind)
@@ -926,7 +917,6 @@ def test_imports_run_one_way_and_need_no_unix(path):
         assert imports(path) - {"torch", "numpy"} <= sys.stdlib_module_names
 
 # ---- Public weights ------------------------------------------------------------------------------
-
 def vit_state(num_cls=1, num_reg=0, cls_pos=True, layer_scale=False, grid=3):
     """Random weights under timm's names, exact in half precision."""
     torch.manual_seed(0)
@@ -1351,7 +1341,6 @@ def test_a_download_that_fails_leaves_no_file_and_names_its_place(publish, file,
     assert os.listdir(path.parent) == [] and socket.getdefaulttimeout() == before
 
 # ---- Model checkpoints ---------------------------------------------------------------------------
-
 UNSEEN = dict(num_group=10, group_size=8, num_heads=3, drop_path=0.0)  # what no tensor shows
 OFFICIAL = {  # our names -> the official implementation's
     "ViT": [(r"^backbone\.blocks", "visual_embed.0"), (r"^backbone\.norm", "visual_embed.1")],

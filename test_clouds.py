@@ -6,9 +6,7 @@ import os
 import pickle
 import struct
 import sys
-import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,13 +39,13 @@ def text(rows, separator=" "):
     return "\n".join(lines).encode() + b"\n"
 
 def ply(xyz, form="ascii", faces=()):
-    """Axes in the order z x y, behind an element with a list and a colour."""
-    head = (f"ply\nformat {form} 1.0\ncomment a test\nelement camera 1\nproperty list uchar int n\n"
-            f"element vertex {len(xyz)}\nproperty uchar red\nproperty double z\nproperty double x\n"
-            f"property double y\nelement face {len(faces)}\nproperty list uchar int vertex_indices"
-            "\nend_header\n").encode()
-    rows = [("Bii", 2, 7, 8)] + [("B3d", 9, z, x, y) for x, y, z in np.array(xyz, float).tolist()]
-    rows += [(f"B{len(face)}i", len(face), *face) for face in faces]
+    """Axes in the order z x y, before a colour and the lists of faces."""
+    head = (f"ply\nformat {form} 1.0\ncomment a test\nelement vertex {len(xyz)}\n"
+            "property uchar red\nproperty double z\nproperty double x\nproperty double y\n"
+            f"element face {len(faces)}\nproperty list uchar int vertex_indices\n"
+            "property uchar blue\nend_header\n").encode()
+    rows = [("B3d", 9, z, x, y) for x, y, z in np.array(xyz, float).tolist()]
+    rows += [(f"B{len(face)}iB", len(face), *face, 7) for face in faces]
     if form == "ascii":
         return head + "".join(" ".join(map(repr, row)) + "\n" for _, *row in rows).encode()
     order = ">" if "big" in form else "<"
@@ -155,19 +153,20 @@ OBJ = "v 0 0 0\nv 1 0 0\nv 0 1 0\nf "
 BROKEN = {  # file: (a word of the message, content)
     "word.xyz": ("'a'", "1 2 3\n4 5 6\na b c\n7 8 9\n"), "short.xyz": ("", "1 2 3\n\n4 5\n"),
     "decimals.txt": ("", "0,18 -0,19 0,2\n0,1 0,2 0,3\n"), "same.xyz": ("", "1 2 3\n1 2 3\n"),
-    "nan.xyz": ("2 of 3", "nan nan nan\n1 2 3\n4 5 1e999\n"), "count.pts": ("3", "3\n1 2 3\n4 5 6"),
+    "nan.xyz": ("2 of 3", "nan nan nan\n1 2 3\n4 5 1e999\n"), "empty.txt": ("", ""),
     "flat.npy": ("shape", npy(XYZ[:, 0])), "two.npy": ("shape", npy(XYZ[:, :2])),
     "turned.npy": ("shape", npy(XYZ.T)), "huge.npy": ("", HUGE), "objects.npy": ("", npy(OBJECTS)),
     "pickle.npy": ("", pickle.dumps(RUN)), "words.npy": ("", npy(np.full((4, 3), "a"))),
     "objects.npz": ("", npz(a=OBJECTS)), "two.npz": ("xyz", npz(a=XYZ, b=XYZ)),
     "bomb.npz": ("packed", npz(points=np.zeros((2**26, 1), "i1"))), "cut.ply": ("", ply(XYZ)[:-9]),
     "type.ply": ("quad", ply(XYZ).replace(b"double x", b"quad x")), "open.ply": ("", "ply\n"),
-    "form.ply": ("middle", ply(XYZ, "middle_endian")), "long.ply": ("", ply(XYZ) + b"1 2"),
-    "list.ply": ("", ply(XYZ).replace(b"\n2 7", b"\n-2 7")), "face.obj": ("x", OBJ + "1 x\n"),
-    "no_z.ply": ("w", ply(XYZ).replace(b"double z", b"double w")), "scan.las": (".las", "LASF"),
+    "form.ply": ("middle", ply(XYZ, "middle_endian")), "face.obj": ("x", OBJ + "1 x\n"),
+    "order.ply": ("face", ply(XYZ).replace(b"element face", b"element edge 0\nelement face")),
+    "list.ply": ("", ply(SQUARE, faces=[(0, 1, 2)]).replace(b"\n3 0 1", b"\n-2 0 1")),
+    "no_z.ply": ("z", ply(XYZ).replace(b"double z", b"double w")), "scan.las": (".las", "LASF"),
     "huge.ply": ("", ply(XYZ, "binary_little_endian").replace(b"x 20", b"x 1111111111111")),
     "face.ply": ("20", ply(XYZ, faces=[(0, 1, 20)])), "absent.off": ("3", OFF + " 3\n"),
-    "cut.off": ("6", "OFF\n4 2 0\n0 0 0\n1 0 0\n"), "corner.off": ("3", OFF),
+    "cut.off": ("2", "OFF\n4 2 0\n0 0 0\n1 0 0\n"), "corner.off": ("area", OFF),
     "vertex.off": ("", "OFF\n2 0 0\n0 0 0\n1 0\n"), "area.off": ("area", OFF + " 0\n"),
     "zero.obj": ("", OBJ + "0 1 2\n"), "vertex.obj": ("", "v 0 0 0\nv 1 0\n")}
 
@@ -261,37 +260,20 @@ def test_a_folder_gives_the_clouds_of_its_files_with_their_classes(first):
     words = ("3 training", "2 test", "chair, lamp", "1 .txt")
     assert all(word in clouds.describe(dataset) for word in words)
 
-def test_the_cache_is_reused_private_and_replaced_when_a_file_changes(first, monkeypatch):
-    (earlier,) = Path("set").glob(".clouds*")
+def test_the_cache_is_private_and_rebuilt_when_a_file_changes_or_it_is_damaged(first, monkeypatch):
+    (path,) = Path("set").glob(".clouds*")
     with monkeypatch.context() as patch:
         patch.setattr(clouds, "READERS", dict.fromkeys(clouds.READERS))  # none can be called
         clouds.open_dataset("set").train.points.zero_()
         assert torch.equal(all_points("set"), first)
-    write("set/chair/a.npy", points(50))
-    assert len(all_points("set")) == len(first) + 20
-    (later,) = Path("set").glob(".clouds*")
-    assert later != earlier
-
-def test_a_damaged_cache_is_rebuilt(first):
-    (path,) = Path("set").glob(".clouds*")
     whole = path.read_bytes()
     wrong_end = whole[:-4] + b"\xff\xff\xff\x7f"
     for damaged in (b"", whole[:-5], whole + b"12345678", wrong_end, bytes(len(whole))):
         path.write_bytes(damaged)
         assert torch.equal(all_points("set"), first)
-
-def test_two_runs_at_once_build_one_cache(first, monkeypatch):
-    read_ply, both = clouds.READERS[".ply"], threading.Barrier(2, timeout=60)
-
-    def read(path):
-        both.wait()  # both have begun to write and neither has ended; a third would wait in vain
-        return read_ply(path)
-
-    monkeypatch.setitem(clouds.READERS, ".ply", read)
-    with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(lambda _: all_points("set", cache="cache"), range(2)))
-    runs.append(all_points("set", cache="cache"))
-    assert all(torch.equal(run, first) for run in runs) and len(os.listdir("cache")) == 1
+    write("set/chair/a.npy", points(50))
+    assert len(all_points("set")) == len(first) + 20
+    assert [*Path("set").glob(".clouds*")] == [path]
 
 def test_folders_that_cannot_be_written_share_a_temporary_cache(monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -342,30 +324,31 @@ def test_links_to_folders_are_followed_and_cycles_end_and_dangling_ones_are_name
     dataset = clouds.open_dataset("set")
     assert dataset.train.labels.tolist() == dataset.test.labels.tolist() == [0, 1]
     os.symlink("gone", "set/c")
-    with refused(os.path.join("set", "c")):
+    with refused("set", "c"):
         clouds.open_dataset("set")
 
 PARTS = np.column_stack([points(9, 6), np.arange(9) % 4])  # labels 0 to 3 in the seventh column
+SYNSETS = "synsetoffset2category.txt"
 MISTAKES = {
     clouds.open_dataset: [  # (words of the message, {file: content})
-        ("synthetic", {}), (".npy .npz", {"a.csv": "1"}), ("train", {"train/a.npy": XYZ}),
+        ("synthetic", {}), (".npy .npz", {"a.csv": "1"}),
+        ("train 2", {"train/a.npy": XYZ, "train/b.npy": XYZ}),
         ("b.xyz e.npy", {"a/b.xyz": "1 2 3\n4 5\n", "a/e.npy": "", "f.npy": XYZ}),
         ("b.npy", {"train/a.npy": XYZ, "test/a.npy": XYZ, "b.npy": XYZ}),
         ("a-2.npy", {"shapenet_pc/a-1.npy": XYZ, "train.txt": "a-1.npy", "test.txt": "a-2.npy"}),
         ("sofa", {"modelnet40_train.txt": "a_1", "modelnet40_test.txt": "sofa_1",
-                  "modelnet40_shape_names.txt": "a", "a/a_1.txt": XYZ}),
-        ("x_train.h5", {"x_train.h5": "no"}),
+                  "modelnet40_shape_names.txt": "a", "a/a_1.txt": XYZ, "sofa/sofa_1.txt": XYZ}),
+        ("x_train.h5 h5py", {"x_train.h5": "no"}),
         ("a_train.h5 b_train.h5", {"a_train.h5": "no", "b_train.h5": "no"}),
         ("ScanObjectNN", {"main_split/test_objectdataset.h5": "no"})],
     clouds.open_parts: [
-        ("", {}), ("a.txt", {"a.txt": XYZ}), ("synset", {"synsetoffset2category.txt": "Teapot 3"}),
-        ("train_file_list", {"synsetoffset2category.txt": "Bag 1",
-                             "train_test_split/shuffled_train_file_list.json": "["}),
+        ("", {}), ("a.txt", {"a.txt": XYZ}), ("synset", {SYNSETS: "Teapot 3"}),
+        ("train_file_list", {SYNSETS: "Bag 1"}),
         ("classes.txt", {"a.npy": PARTS, "b.npy": PARTS, "classes.txt": "wall"})],
     clouds.open_rooms: [
         ("S3DIS", {"Area_1/office_1/Annotations/wall_1.txt": XYZ}), ("b.txt", {"b.txt": PARTS / 2}),
-        ("5", {"Area_1_a.npy": PARTS, "Area_2_b.npy": PARTS}), ("256", {"b.txt": PARTS + 253}),
-        ("Area_1_a.npy 6", {"Area_1_a.npy": PARTS[:, 1:]}), ("13", {"Area_1_a.npy": PARTS + 10}),
+        ("5", {"Area_1_a.npy": PARTS, "Area_2_b.npy": PARTS}), ("255", {"b.txt": PARTS + 253}),
+        ("Area_1_a.npy", {"Area_1_a.npy": PARTS[:, :3]}), ("12", {"Area_1_a.npy": PARTS + 10}),
         ("Area_1_a.npy", {"Area_1_a.npy": PARTS * [1, 1, 1, 1, 1, 1, np.nan]})]}
 
 @pytest.mark.parametrize("reader", MISTAKES, ids=lambda reader: reader.__name__)
@@ -411,7 +394,7 @@ FOLD = {"train": [(points(columns=6), 0, "a")], "test": [(points(20, 6), 1, "b")
 HOSTILE = [RUN, RECONSTRUCT, Call(function=np.zeros, arguments=((4, 3),)), np.ndarray, OBJECTS,
            np.zeros((4, 3), "V8"), np.zeros((4, 3), "f4,O"), np.full((4, 3), "a"), "words", 7]
 FOLDS = [{**FOLD, "test": [(other, 1, "b")]} for other in HOSTILE]
-FOLDS += [[1, 2], {**FOLD, "x": 0}, {"train": [], "test": []}, {"train": FOLD["train"], "x": 0},
+FOLDS += [[1, 2], {"train": [], "test": []}, {"train": FOLD["train"], "x": 0},
           {**FOLD, "test": [(points(), 2, "c")]}]
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -430,21 +413,14 @@ def test_few_shot_folds_of_every_pickle_protocol_numpy_type_and_order(protocol):
     with refused(write("0.pkl", data[:-200])):
         clouds.read_episode("0.pkl", 2)
 
-def test_pickles_of_python_2_are_read():
-    values = np.array([[0, 200, 3], [1, -200, 7]], "<f4")
-    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-             b"K\x02K\x03\x86cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNN"
-             + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb\x89U\x18" + values.tobytes() + b"tb")
-    fold = pickle.dumps({"train": [("here", 0)], "test": [("here", 0)]}, 2)
-    path = write("0.pkl", fold.replace(b"X\x04\x00\x00\x00here", array))
-    assert clouds.read_episode(path, 1)[0].points.tolist() == values.tolist()
-
 @pytest.mark.parametrize("fold", FOLDS, ids=range(len(FOLDS)))
 def test_other_pickles_run_nothing_and_are_refused(fold):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with refused(write("0.pkl", pickle.dumps(fold, protocol))):
             clouds.read_episode("0.pkl", 2)
-        path = write("set/modelnet40_train_8192pts_fps.dat", pickle.dumps([[fold], [0]], protocol))
+        for split in ("test", "train"):
+            path = f"set/modelnet40_{split}_8192pts_fps.dat"
+            write(path, pickle.dumps([[fold], [0]], protocol))
         with refused(path):
             clouds.open_dataset("set")
 
@@ -458,11 +434,11 @@ def write_h5(path, seed=0, label=(0, 14, 1, 2), name="label"):
 @pytest.mark.parametrize("seed, variant", list(enumerate(clouds.SCAN_FILES)))
 @pytest.mark.parametrize("above", ["set", "set/h5_files"])
 def test_scanobjectnn_is_read_as_stored_by_variant(above, seed, variant):
-    for i, (split, end) in enumerate(clouds.SCAN_FILES.values()):
-        for kind in ("training", "test"):
-            write_h5(f"{above}/{split}/{kind}_{end}.h5", i)
-    split, end = clouds.SCAN_FILES[variant]
-    for path in ("set", f"{above}/{split}", f"{above}/{split}/training_{end}.h5"):
+    for i, name in enumerate(clouds.SCAN_FILES.values()):
+        write_h5(f"{above}/{name}", i)
+        write_h5(f"{above}/{name}".replace("training", "test"), i)
+    train = Path(above, clouds.SCAN_FILES[variant])
+    for path in ("set", train.parent, train):
         dataset = clouds.open_dataset(path, variant=variant)
         assert dataset.name.startswith("ScanObjectNN") and len(dataset.test.classes) == 15
         np.testing.assert_array_equal(dataset.train[1], points(seed=seed + 1) + 7)
@@ -496,9 +472,6 @@ def test_shapenet_part_has_categories_and_parts():
     assert train.part_ranges == [(4, 6), (36, 38)] and test.parts[50:].tolist() == [36, 37] * 25
     np.testing.assert_allclose(train[0], clouds.normalize(points(50, 6)[:, :3]), atol=1e-6)
     assert torch.equal(clouds.open_dataset("set").train.points, train.points)
-    os.replace("set/002/b.txt", "set/001/a.txt")  # whose parts are not those of the category
-    with refused(os.path.join("set", "001", "a.txt")):
-        clouds.open_parts("set")
 
 def test_s3dis_areas_are_split_and_blocks_pretrain():
     for area in (1, 5):
@@ -579,29 +552,20 @@ def test_rotation_about_y_keeps_heights_and_shapes_and_covers_the_circle():
 def decode_png(path):
     """8-bit RGB in one chunk with filter 0 -> (H, W, 3) uint8."""
     data = Path(path).read_bytes()
-    head, body = data[12:29], data[37:-16]
-    size, *checksums = struct.unpack(">III", data[33:37] + data[29:33] + data[-16:-12])
-    assert checksums == [zlib.crc32(head), zlib.crc32(body)] and size == len(body) - 4
-    assert data[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and body[:4] == b"IDAT"
-    assert head[12:] == b"\x08\x02\0\0\0" and data[-12:] == b"\0\0\0\0IEND\xaeB`\x82"
-    W, H = struct.unpack(">II", head[4:12])
-    rows = np.frombuffer(zlib.decompress(body[4:]), np.uint8).reshape(H, 1 + 3 * W)
-    assert not rows[:, 0].any()
+    W, H, length = struct.unpack(">16x2I9xI", data[:37])
+    assert data[24:26] == b"\x08\x02" and length == len(data) - 57
+    assert int.from_bytes(data[-16:-12], "big") == zlib.crc32(data[37:-16])
+    rows = np.frombuffer(zlib.decompress(data[41:-16]), np.uint8).reshape(H, 1 + 3 * W)
     return rows[:, 1:].reshape(H, W, 3)
 
 def ink(image):
     """Rows and columns of all pixels that are not white."""
     return np.array(np.nonzero((image < 250).any(axis=2)))
 
-def test_png_decodes_to_the_same_pixels_and_is_replaced_when_whole(monkeypatch):
+def test_png_decodes_to_the_same_pixels():
     image = np.random.default_rng(0).integers(0, 256, (2, 300, 3), np.uint8)[::-1, ::-1]
-    for picture in (image // 2, image):
-        clouds.write_png("a.png", picture)
-        assert (decode_png("a.png") == picture).all()
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(zlib, "crc32", None)  # fails while the file is being written
-        clouds.write_png("a.png", image // 2)
-    assert (decode_png("a.png") == image).all() and os.listdir() == ["a.png"]
+    clouds.write_png("a.png", image)
+    assert (decode_png("a.png") == image).all()
 
 def test_write_ply_reads_back_with_colours_and_edges():
     clouds.write_ply("a.ply", torch.from_numpy(XYZ), np.full((20, 3), 200), [(0, 1), (1, 19)])
@@ -650,7 +614,7 @@ def test_pca_colors_are_components_over_all_clouds_of_the_list():
     np.testing.assert_allclose(clouds.pca_colors([features[::-1]])[0], colors[::-1], atol=1e-6)
     line = np.append(np.linspace(0, 1, 200), 100)[:, None] * [3.0, 1, 0]  # and an outlier
     (colors,) = clouds.pca_colors([line])
-    assert np.percentile(colors[:, 0], 90) > 0.85 and (colors[:, 1:] == 0.5).all()
+    assert np.percentile(colors[:, 0], 90) > 0.85 and np.isfinite(colors).all()
 
 @pytest.mark.parametrize("columns, lines", [(None, 2), (4, 1)])
 def test_a_gallery_places_each_cloud_in_the_picture_and_in_the_ply(columns, lines):

@@ -1,5 +1,4 @@
-"""Stage II (Sec. 4.2): a plain 3D Transformer learns to predict the teacher's features of masked
-patches from those that it sees.
+"""Stage II (Sec. 4.2): a student predicts the teacher's features of masked patches from the rest.
 
     python train_student.py                         # after train_teacher.py, minutes on two cores
     python train_student.py --target coordinates    # Point-MAE, all else equal; no teacher
@@ -7,30 +6,26 @@ patches from those that it sees.
     python train_student.py --data ShapeNet55 --size base                      # as published
     torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base # on eight GPUs
 
-Leaves last.pt, metrics.jsonl, config.json, loss.svg, reconstruction and features (.png, .ply).
-"""
+Leaves last.pt, metrics.jsonl, config.json, loss.svg, reconstruction and features (.png, .ply)."""
 
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import act
 import clouds
 import training
-from training import flag
+from training import RANK, WORLD, flag
 
 # -- config ---------------------------------------------------------------------------------------
 DEFAULTS = {  # base is the published run
     "tiny": dict(epochs=14, batch_size=16, lr=1e-3, mask_ratio=0.6, log_every=50),
     "small": dict(epochs=50, batch_size=128, lr=1e-3, mask_ratio=0.8),
-    "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8),
-}
-PATCHES = ["num_group", "group_size"]  # with a teacher they are the teacher's
+    "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8)}
+MASKS = {"random": act.random_mask, "block": act.block_mask}
 SET = [f.name for f in fields(act.StudentConfig) if type(f.default) in (int, float)
        and f.name not in ("points", "target_dim")]
 
@@ -39,30 +34,23 @@ class Config(training.RunConfig):
     out: str = flag("runs/student", "folder of the checkpoint, log, configuration and pictures")
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05)
     teacher: str = flag("runs/teacher/last.pt", "the teacher's checkpoint, our or official")
-    target: str = flag("teacher", "what is predicted: the teacher's features, coordinates or codes",
-                       choices=("teacher", "coordinates", "codes"))
-    loss: str = flag(None, "distance to the teacher's features (default: cosine)", "cosine", str,
-                     ("cosine", "smooth_l1", "l2"))
+    target: str = flag("teacher", "what is predicted", choices=("teacher", "coordinates", "codes"))
+    loss: str = flag(None, "default: cosine", "cosine", str, ("cosine", "smooth_l1", "l2"))
     mask_ratio: float = flag(None, "share of masked patches", 0.8, float)
-    mask: str = flag("random", "random patches, or a block", "random", choices=("random", "block"))
+    mask: str = flag("random", "random patches, or a block", "random", choices=tuple(MASKS))
     init: str = flag("", "a checkpoint to take weights from: our, official or Point-MAE's student")
-    set: list = flag((), f"NAME=VALUE of the student's {', '.join(SET)}; {' and '.join(PATCHES)} "
-                     "with --target coordinates only, else they are the teacher's", kind=str)
+    set: list = flag((), f"NAME=VALUE of the student's {', '.join(SET)}", kind=str)
 
 class Target:
     """What the student predicts. The teacher is fixed, so its prompts are computed once."""
     def __init__(self, config, device):
         self.config, self.teacher = config, None
-        if config.target == "coordinates":
-            return
-        if not Path(config.teacher).is_file():
-            raise ValueError(f"{config.teacher}: no such --teacher; run train_teacher.py first")
-        self.teacher = training.load(act.Teacher, config.teacher, device).requires_grad_(False)
-        self.prompts = self.teacher.prompt_keys_values()
-
-    @torch.no_grad()
-    def features(self, neighborhood, center):
-        return self.teacher.features(neighborhood, center, self.prompts)  # (B, G, D)
+        if config.target != "coordinates":
+            if not Path(config.teacher).is_file():
+                raise ValueError(f"{config.teacher}: no such --teacher; run train_teacher.py first")
+            self.teacher = training.load(act.Teacher, config.teacher, device).requires_grad_(False)
+            prompts = self.teacher.prompt_keys_values()
+            self.features = lambda *patches: self.teacher.features(*patches, prompts)  # (B, G, D)
 
     def loss(self, prediction, neighborhood, center, masked):
         """prediction: (B, M, D) at the groups `masked` (B, M) -> scalar."""
@@ -71,34 +59,10 @@ class Target:
             patch, points = (t.reshape(-1, t.shape[2] // 3, 3) for t in (patch, prediction.float()))
             return act.chamfer_distance(points, patch, norm=2)
         if self.config.target == "codes":  # as BEiT and Point-BERT
-            with torch.no_grad():
-                codes = self.teacher.tokenize(neighborhood, center).gather(1, masked)
+            codes = self.teacher.tokenize(neighborhood, center).gather(1, masked)
             return F.cross_entropy(prediction.float().flatten(0, 1), codes.flatten())
         features = act.gather_points(self.features(neighborhood, center), masked)
         return act.distillation_loss(prediction, features, self.config.loss)
-
-    def reconstruct(self, prediction, neighborhood, center, masked):
-        """The predictions as points (B, M, S, 3); features by way of the teacher's decoder."""
-        if self.config.target == "coordinates":
-            return prediction.unflatten(2, (-1, 3))
-        if self.config.target == "codes":
-            codes = self.teacher.tokenize(neighborhood, center)
-            codes = codes.scatter(1, masked, prediction.argmax(dim=-1))
-            tokens = F.embedding(codes, self.teacher.codebook)
-            tokens = self.teacher.transform(tokens, center, self.prompts)
-            features = self.teacher.dgcnn_2(tokens, act.knn(center, center, 4)[1])
-        else:
-            features = self.features(neighborhood, center)
-            if self.config.loss == "cosine":  # which leaves the length open
-                prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
-            features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
-        _, fine = self.teacher.decoder(features)  # (B, G, S, 3)
-        return act.gather_points(fine.flatten(2), masked).unflatten(2, (-1, 3))
-
-def sample_mask(config, center, step):
-    """The masks of a whole batch, from the step alone."""
-    mask = act.random_mask if config.mask == "random" else act.block_mask
-    return mask(center, config.mask_ratio, training.seeded("cpu", config.seed, "mask", step))
 
 def build_student(config, teacher, normalized, device):
     """By --size, or as the student of --init, and --set; patches and target as the teacher's."""
@@ -107,22 +71,18 @@ def build_student(config, teacher, normalized, device):
         source = training.load(act.Student, config.init, device)
         sizes = source.config
     if teacher:
-        names = [name for name in SET if name not in PATCHES]
-        sizes = replace(sizes, **{name: getattr(teacher.config, name) for name in PATCHES})
+        patches = dict(num_group=teacher.config.num_group, group_size=teacher.config.group_size)
+        sizes, names = replace(sizes, **patches), [name for name in SET if name not in patches]
     sizes = training.override(sizes, config.set, names)
-    dim = 3 * sizes.group_size
-    if teacher:
-        dim = len(teacher.codebook) if config.target == "codes" else teacher.config.decoder_dims
+    dim = teacher.config.decoder_dims if teacher else 3 * sizes.group_size
+    dim = len(teacher.codebook) if config.target == "codes" else dim
     sizes = replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
     torch.manual_seed(config.seed)
     student = act.Student(sizes).to(device)
-    if config.init:
-        shapes = {name: value.shape for name, value in student.state_dict().items()}
-        state = source.state_dict().items()
-        state = {name: value for name, value in state if value.shape == shapes.get(name)}
-        new = student.load_state_dict(state, strict=False).missing_keys
-        if any(name.startswith("encoder.") for name in new):
-            raise ValueError(f"{config.init}: expected its encoder, got --set {config.set}")
+    if config.init:  # all but a head of another width
+        own, state = student.state_dict(), source.state_dict()
+        new = [] if dim == source.config.target_dim else ["head.weight", "head.bias"]
+        act.load_exactly(student, {**state, **{name: own[name] for name in new}}, config.init)
         print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
     return student
 
@@ -149,8 +109,8 @@ def svm_features(student, split, config):
 
 @torch.no_grad()
 def pictures(config, student, untrained, target, test, out):
-    """reconstruction: input, visible patches, visible and predicted ones. features: principal
-    components of the patches' features, interpolated to the points."""
+    """features: principal components of the patches' features, interpolated to the points;
+    reconstruction: visible patches, and with the predicted ones (codes have no such picture)."""
     chosen = torch.arange(0, len(test), max(1, len(test) // 5))[:5]
     generator = training.seeded(student.mask_token.device, config.seed, "picture")
     xyz, _ = test.sample(chosen, config.points, generator)
@@ -158,36 +118,41 @@ def pictures(config, student, untrained, target, test, out):
     tokens = {"student": student.encode(xyz)[:, 1:], "untrained": untrained.encode(xyz)[:, 1:]}
     if target.teacher:
         tokens["teacher"] = target.features(neighborhood, center)
-    columns = [[None] * len(xyz)]
-    for t in tokens.values():
-        of_points = act.interpolate(xyz, center, t.float())  # (B, N, C)
-        columns.append(clouds.pca_colors(list(of_points.cpu().numpy())))
     arrays = xyz.cpu().numpy()
-    rows = [[(cloud, color) for color in colors] for cloud, colors in zip(arrays, zip(*columns))]
-    clouds.write_gallery(out / "features", rows)
-
-    mask = sample_mask(config, center, -1)
+    columns = [[(cloud, None) for cloud in arrays]]
+    for t in tokens.values():
+        of_points = act.interpolate(xyz, center, t.float()).cpu().numpy()  # (B, N, C)
+        columns.append(zip(arrays, clouds.pca_colors(list(of_points))))
+    clouds.write_gallery(out / "features", list(zip(*columns)))
+    names = ", ".join(test.names[i] for i in chosen)
+    print(f"features.png: input, {', '.join(tokens)}; rows: {names}")
+    if config.target == "codes":
+        return
+    generator = training.seeded("cpu", config.seed, "mask", -1)
+    mask = MASKS[config.mask](center, config.mask_ratio, generator)
     visible, masked = act.split_mask(mask, xyz.device)
-    prediction = student(neighborhood, center, mask).float()
-    points = target.reconstruct(prediction, neighborhood, center, masked)  # (B, M, S, 3)
-    points = (points + act.gather_points(center, masked)[:, :, None]).flatten(1, 2)
-    patches = (neighborhood + center[:, :, None]).flatten(2)  # (B, G, 3 S)
-    seen = act.gather_points(patches, visible).unflatten(2, (-1, 3)).flatten(1, 2)
-    both = torch.cat([seen, points], dim=1).cpu().numpy()
-    n = seen.shape[1]
-    colors = np.where(np.arange(both.shape[1])[:, None] < n, *clouds.palette(2))
-    rows = [[(cloud, None), (parts[:n], colors[:n]), (parts, colors)]
-            for cloud, parts in zip(arrays, both)]
+    prediction = student(neighborhood, center, mask).float()  # (B, M, D)
+    if target.teacher:  # points by way of its decoder
+        features = tokens["teacher"]
+        if config.loss == "cosine":  # which leaves the length open
+            prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
+        features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
+        prediction = act.gather_points(target.teacher.decoder(features)[1].flatten(2), masked)
+    seen = act.gather_points(neighborhood.flatten(2), visible)  # (B, V, 3 S)
+    center = act.gather_points(center, torch.cat([visible, masked], dim=1))
+    parts = torch.cat([seen, prediction], dim=1).unflatten(2, (-1, 3)) + center[:, :, None]
+    parts, n = parts.flatten(1, 2).cpu().numpy(), seen[0].numel() // 3
+    colors = clouds.palette(2).repeat([n, parts.shape[1] - n], axis=0)
+    rows = [[(cloud, None), (p[:n], colors[:n]), (p, colors)] for cloud, p in zip(arrays, parts)]
     clouds.write_gallery(out / "reconstruction", rows)
-    print(f"reconstruction.png: input, visible, visible and predicted; features.png: input, "
-          f"{', '.join(tokens)}; rows: {', '.join(test.names[i] for i in chosen)}")
+    print("reconstruction.png: input, visible patches, visible and predicted; of the same clouds")
 
 def main(config):
     config, device = training.setup(config, DEFAULTS)
-    if config.target != "teacher" and config.loss:
-        raise ValueError(f"--loss {config.loss}: expected --target teacher, got {config.target}")
     if config.target == "teacher":
         config = replace(config, loss=config.loss or "cosine")
+    elif config.loss:
+        raise ValueError(f"--loss {config.loss}: expected --target teacher, got {config.target}")
 
     # -- data -------------------------------------------------------------------------------------
     dataset = clouds.open_dataset(config.data, config.cache or None, config.variant, config.area)
@@ -197,21 +162,15 @@ def main(config):
         print(f"pretraining on all {len(train)} clouds, those of the test set too, without labels")
     config = training.plan(config, len(train))
 
-    # -- model: the teacher from its checkpoint alone, the student's patches as the teacher's ------
+    # -- model, optimizer, resume: the teacher comes from its checkpoint alone --------------------
     target = Target(config, device)
     student = build_student(config, target.teacher, train.normalized, device)
-    c = student.config
+    c, count = student.config, sum(p.numel() for p in student.parameters())
     train, test = training.place(config, c.num_group, device, train, test)
     if not 0 < int(config.mask_ratio * c.num_group) < c.num_group:
-        raise ValueError(f"--mask-ratio: expected to mask some of {c.num_group} patches, not all, "
-                         f"got {config.mask_ratio}")
-    teacher = f"backbone {target.teacher.config.weights}" if target.teacher else "no teacher"
-    count = sum(p.numel() for p in student.parameters())
-    print(f"stage II on {device} x {training.WORLD}, {config.precision}; size {config.size}, "
-          f"{c.width} wide, {c.depth} deep, {count / 1e6:.1f} M parameters; "
-          f"target {config.target}, {teacher}")
-
-    # -- optimizer, resume ------------------------------------------------------------------------
+        raise ValueError(f"--mask-ratio: expected a part of the patches, got {config.mask_ratio}")
+    print(f"stage II on {device} x {WORLD}, {config.precision}; size {config.size}, {c.width} "
+          f"wide, {c.depth} deep, {count / 1e6:.1f} M parameters; target {config.target}")
     optimizer = training.adamw(student, config.lr, config.weight_decay)
     net = training.parallel(student, config)
     log = training.Log(config, student, train.names)
@@ -228,22 +187,22 @@ def main(config):
             xyz, _ = train.sample(batch, config.points, generator)
             xyz = clouds.scale_translate(xyz, generator)  # (B, N, 3)
             neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
-            mask = sample_mask(config, center, log.step)
-            share = slice(training.RANK, None, training.WORLD)
-            neighborhood, center, mask = neighborhood[share], center[share], mask[share]
+            generator = training.seeded("cpu", config.seed, "mask", log.step)
+            mask = MASKS[config.mask](center, config.mask_ratio, generator)
+            neighborhood, center, mask = (t[RANK::WORLD] for t in (neighborhood, center, mask))
             _, masked = act.split_mask(mask, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 prediction = net(neighborhood, center, mask)  # (B, M, D)
                 loss = target.loss(prediction, neighborhood, center, masked)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(student.parameters(), math.inf)  # only measured
+            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf)  # measured
             optimizer.step()
             log.add(loss=loss, grad_norm=grad_norm, lr=lr)
         log.end_epoch(optimizer, dict(cosine_per_depth=cosine_per_depth(student, test, config)))
 
     # -- results ----------------------------------------------------------------------------------
-    if training.RANK > 0:
+    if RANK > 0:
         return
     torch.manual_seed(config.seed)
     untrained = act.Student(c).to(device).eval()
@@ -253,8 +212,8 @@ def main(config):
     if dataset.train.labels is not None and len(dataset.train.labels.unique()) > 1:
         print("features of the training and test clouds for a linear SVM ...", flush=True)
         for name, model in (("svm_untrained", untrained), ("svm_trained", student)):
-            features = [svm_features(model, split, config) for split in (dataset.train, test)]
-            metrics[name], _ = training.svm_accuracy(*features[0], *features[1])
+            known, asked = (svm_features(model, split, config) for split in (dataset.train, test))
+            metrics[name], _ = training.svm_accuracy(*known, *asked)
         text = "{svm_untrained:.1f} % untrained -> {svm_trained:.1f} % trained".format(**metrics)
     log.close(**metrics)
     print(f"linear SVM on frozen features, {len(test)} test clouds: {text}")

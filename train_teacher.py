@@ -2,7 +2,6 @@
 
     python train_teacher.py                                # synthetic shapes, minutes on two cores
     python train_teacher.py --data my_clouds --out runs/mine                       # your own clouds
-    python train_teacher.py --data my_clouds --init released_teacher.pth --size base # from weights
     python train_teacher.py --data ShapeNet55 --size base           # the published run, on one GPU
     torchrun --nproc_per_node=8 train_teacher.py --data ShapeNet55 --size base           # on eight
 
@@ -13,7 +12,6 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import act
@@ -23,10 +21,10 @@ from training import flag
 
 # -- config ---------------------------------------------------------------------------------------
 DEFAULTS = {  # base is the published run
-    "tiny": dict(epochs=5, batch_size=4, lr=1e-3, log_every=100),
-    "small": dict(epochs=50, batch_size=64, lr=5e-4),
-    "base": dict(epochs=300, batch_size=64, lr=5e-4),
-}
+    "tiny": dict(epochs=8, batch_size=4, lr=1e-3, log_every=100, codes="information"),
+    "small": dict(epochs=50, batch_size=64, lr=5e-4, codes="kl"),
+    "base": dict(epochs=300, batch_size=64, lr=5e-4, codes="kl")}
+INFORMATION = 0.02  # weight of the mutual information of patch and code
 PUBLISHED_STEPS = 196_500  # 300 epochs of 41,952 clouds in batches of 64
 SET = [f.name for f in fields(act.TeacherConfig) if type(f.default) in (int, float)]
 
@@ -36,7 +34,8 @@ class Config(training.RunConfig):
     weight_decay: float = flag(5e-4, "AdamW's weight decay", 5e-4)
     weights: str = flag("auto", "the backbone: auto (public weights if they can be had), random, a "
                         "NAME of act.pretrained_names() or the PATH of a weight file", "ViT-B")
-    heads: int = flag(None, "attention heads, where a weight file does not tell them", None, int)
+    codes: str = flag(None, "the term for varied codes (default: information in size tiny)", "kl",
+                      str, ("kl", "information"))
     prompt: str = flag("deep", "prompt tuning", "deep", choices=("deep", "shallow", "none"))
     init: str = flag("", "start from the teacher in this checkpoint, ours or the official one")
     set: list = flag((), f"NAME=VALUE of the teacher's {', '.join(SET)}", kind=str)
@@ -53,7 +52,7 @@ def kl_weight(step, total):
 def open_backbone(config, name, width):
     """(backbone, what it holds) by --weights; auto falls back to a random one, in capitals."""
     if config.weights not in ("auto", "random"):
-        return act.load_pretrained(config.weights, config.heads), config.weights
+        return act.load_pretrained(config.weights), config.weights
     if config.weights == "auto":
         try:
             return act.load_pretrained(name), name
@@ -76,17 +75,13 @@ def build_teacher(config, device):
     return act.Teacher(sizes, backbone).to(device)
 
 @torch.no_grad()
-def fix_tokenizer(teacher, train, config, device):
-    """For runs of minutes: initialise the codebook with patches and freeze the tokenizer.
+def start_codes(teacher, train, config, device):
+    """With --codes information the codebook starts from patches, not from noise.
 
-    Not in the paper. Trained codes mean nothing for thousands of steps: the KL term and the encoder
-    move them faster than the reconstruction shapes them, and the decoder learns to ignore them.
-    Here a code is a patch, and a patch gets the code that it most resembles by the features of the
-    untrained encoder. With --init the codes stay as loaded."""
+    A patch gets the code that it most resembles by the features of the untrained encoder, so that
+    codes mean something at once. As published they mean nothing for thousands of steps: the KL term
+    moves them faster than the reconstruction does, and the decoder learns to ignore them."""
     c = teacher.config
-    teacher.frozen += [teacher.encoder.requires_grad_(False), teacher.dgcnn_1.requires_grad_(False)]
-    if config.init:
-        return
     if c.tokens_dims != c.encoder_dims:
         raise ValueError(f"--set: expected tokens_dims of {c.encoder_dims}, got {c.tokens_dims}")
     # clouds with four times as many patches as codes; of a small set, several samples of each
@@ -97,11 +92,12 @@ def fix_tokenizer(teacher, train, config, device):
     for module in teacher.encoder.modules():
         module.momentum = 1.0  # BatchNorms take the statistics of the next forward as they are
     teacher.encoder.train()(neighborhood)
+    for module in teacher.encoder.modules():
+        module.momentum = 0.1
     patch = teacher.encoder.eval()(neighborhood)  # (B, G, C)
     edges = teacher.dgcnn_1.edges(patch, act.knn(center, center, 4)[1])
-    patch, edges = patch.flatten(0, 1), edges.flatten(0, 1).float()  # (B G, C), (B G, 2304)
-    order = torch.randperm(len(patch), generator=training.seeded("cpu", "codes"))
-    codes = order[: c.num_tokens].to(device)
+    patch, edges = patch.flatten(0, 1), edges.flatten(0, 1).float()  # (B G, C), (B G, edges)
+    codes = torch.randperm(len(patch), generator=training.seeded("cpu", "codes"))[: c.num_tokens]
     teacher.codebook.copy_(((patch - patch.mean(dim=0)) / (patch.std(dim=0) + 1e-6))[codes])
     mean = edges.mean(dim=0)
     rows, axis = edges[codes] - mean, F.normalize(mean, dim=0)
@@ -109,39 +105,47 @@ def fix_tokenizer(teacher, train, config, device):
     linear.weight.copy_(F.normalize(rows - (rows @ axis)[:, None] * axis, dim=-1))
     norm.weight.fill_(10.0)  # logits well above the Gumbel noise, whose standard deviation is 1.3
 
+def information(logits):
+    """Mutual information of patch and code in nats, (B, G, codes) -> scalar: the entropy of the
+    codes' mean probabilities over all patches of a batch, less the mean entropy of a patch's."""
+    log_q = logits.float().flatten(0, 1).log_softmax(dim=-1)
+    mean = log_q.exp().mean(dim=0)
+    gain = (log_q.exp() * log_q).sum(dim=-1).mean()
+    return gain - (mean * mean.clamp_min(1e-12).log()).sum()
+
 @torch.no_grad()
 def evaluate(teacher, test, config, count):
-    """CD-L1, CD-L2 (unit sphere) and F-score at 0.01 of `count` whole clouds, with argmax codes."""
-    teacher.eval()
-    device = teacher.codebook.device
-    sums, done = torch.zeros(3, dtype=torch.float64), 0
+    """CD-L1, CD-L2 (unit sphere) and F-score at 0.01 of `count` whole clouds, with argmax codes;
+    cd_l1_other: CD-L1 with the codes of another cloud, equal if the decoder ignores them."""
+    sums, done = torch.zeros(4, dtype=torch.float64), 0
     for indices in torch.linspace(0, len(test) - 1, min(len(test), count)).long().split(32):
-        generator = training.seeded(device, config.seed, "test", done)
+        generator = training.seeded(teacher.codebook.device, config.seed, "test", done)
         xyz, _ = test.sample(indices, config.points, generator)
-        output = teacher(xyz, hard=True)
-        fine = (output.fine + output.center[:, :, None]).flatten(1, 2)  # (B, G S, 3)
-        values = [act.chamfer_distance(fine, xyz), act.chamfer_distance(fine, xyz, norm=2)]
-        values.append(act.fscore(fine, xyz).mean())
+        output = teacher.eval()(xyz, hard=True)
+        codes = output.logits.argmax(dim=-1).roll(len(xyz) // 2, dims=0)  # of another class, mostly
+        _, other = teacher.decode(F.embedding(codes, teacher.codebook), output.center)
+        center = output.center[:, :, None]
+        fine, other = ((part + center).flatten(1, 2) for part in (output.fine, other))
+        values = [act.chamfer_distance(fine, xyz), act.chamfer_distance(fine, xyz, norm=2),
+                  act.fscore(fine, xyz).mean(), act.chamfer_distance(other, xyz)]
         sums += torch.stack(values).double().cpu() * len(indices)
         done += len(indices)
-    return dict(zip(("cd_l1", "cd_l2", "fscore"), (sums / done).tolist()))
+    return dict(zip(("cd_l1", "cd_l2", "fscore", "cd_l1_other"), (sums / done).tolist()))
 
 @torch.no_grad()
 def picture(teacher, test, config, path):
-    """Input, its patches in colours, coarse and fine reconstruction -> the names of the clouds."""
+    """Input, its patches in colours, coarse and fine reconstruction of five test clouds."""
     chosen = torch.arange(0, len(test), max(1, len(test) // 5))[:5]
     generator = training.seeded(teacher.codebook.device, config.seed, "picture")
     xyz, _ = test.sample(chosen, config.points, generator)
-    output = teacher.eval()(xyz, hard=True)
+    coarse, fine, patches, center, _ = teacher.eval()(xyz, hard=True)
+    columns = [(part + center[:, :, None]).flatten(1, 2) for part in (patches, coarse, fine)]
+    columns = [column.cpu().numpy() for column in (xyz, *columns)]
     colors = clouds.palette(teacher.config.num_group).repeat(teacher.config.group_size, axis=0)
-    rows = []
-    for i in range(len(xyz)):
-        parts = [output.neighborhood[i], output.coarse[i], output.fine[i]]
-        parts = [(part + output.center[i][:, None]).flatten(0, 1).cpu().numpy() for part in parts]
-        patches, coarse, fine = parts
-        rows.append([(xyz[i].cpu().numpy(), None), (patches, colors), (coarse, None), (fine, None)])
+    rows = [list(zip(row, (None, colors, None, None))) for row in zip(*columns)]
     clouds.write_gallery(path, rows)
-    return [test.names[i] for i in chosen]
+    names = ", ".join(test.names[i] for i in chosen)
+    print("reconstruction.png: input, patches, coarse, fine; from the top", names)
 
 def main(config):
     config, device = training.setup(config, DEFAULTS)
@@ -149,29 +153,28 @@ def main(config):
     # -- data -------------------------------------------------------------------------------------
     dataset = clouds.open_dataset(config.data, config.cache or None, config.variant, config.area)
     print(clouds.describe(dataset))
-    train, test = dataset.train, dataset.test
-    config = training.plan(config, len(train))
+    config = training.plan(config, len(dataset.train))
 
     # -- model ------------------------------------------------------------------------------------
     teacher = build_teacher(config, device)
     c = teacher.config
-    train, test = training.place(config, c.num_group, device, train, test)
-    if config.size == "tiny":
-        fix_tokenizer(teacher, train, config, device)
-    count = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
+    train, test = training.place(config, c.num_group, device, dataset.train, dataset.test)
+    informed = config.codes == "information"
+    if informed and not config.init:
+        start_codes(teacher, train, config, device)
+    trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad) / 1e6
     print(f"stage I on {device} x {training.WORLD}, {config.precision}; size {config.size}, frozen "
           f"backbone {c.weights}, {c.backbone.width} wide, {c.backbone.depth} deep, and "
-          f"{count / 1e6:.1f} M trained parameters, from {config.init or 'scratch'}")
+          f"{trained:.1f} M trained parameters, from {config.init or 'scratch'}")
 
     # -- optimizer, resume ------------------------------------------------------------------------
-    optimizer = training.adamw(teacher, config.lr, config.weight_decay)
+    slow = ("encoder.", "dgcnn_1.", "codebook") if informed else ()
+    optimizer = training.adamw(teacher, config.lr, config.weight_decay, slow)
     net = training.parallel(teacher, config)
     log = training.Log(config, teacher, train.names)
     if log.state:
         optimizer.load_state_dict(log.state["optimizer"])
-        before = log.state["before"]
-    else:
-        before = evaluate(teacher, test, config, 256)
+    before = log.state["before"] if log.state else evaluate(teacher, test, config, 256)
 
     # -- loop -------------------------------------------------------------------------------------
     warmup = 10 * (len(train) // config.batch_size)
@@ -180,17 +183,18 @@ def main(config):
         usage = torch.zeros(c.num_tokens, device=device)  # of each code in this epoch
         for batch in training.epoch_batches(config, len(train), epoch, log.step):
             lr = training.set_lr(optimizer, log.step, config, end=1e-7, warmup=warmup)
-            tau, weight = temperature(log.step, config.steps), kl_weight(log.step, config.steps)
-            if config.size == "tiny":  # the KL term of a frozen tokenizer is a constant
-                weight = 0.0
+            tau = temperature(log.step, config.steps)
+            weight = 0.0 if informed else kl_weight(log.step, config.steps)
             generator = training.seed_step(config.seed, log.step, device)
             xyz, _ = train.sample(batch, config.points, generator)  # (B, N, 3)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 output = net(xyz[training.RANK :: training.WORLD], tau)
                 loss, reconstruction, kl = act.teacher_loss(output, weight)
+                if informed:
+                    loss = loss - INFORMATION * information(output.logits)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(teacher.parameters(), math.inf)  # only measured
+            grad_norm = torch.nn.utils.clip_grad_norm_(teacher.parameters(), math.inf)  # measured
             optimizer.step()
             codes = output.logits.argmax(dim=-1).flatten()
             usage.index_add_(0, codes, usage.new_ones(len(codes)))  # bincount would wait for a GPU
@@ -210,16 +214,17 @@ def main(config):
     count = min(len(test), 256)
     print(f"reconstruction of {count} test clouds ...", flush=True)
     after = evaluate(teacher, test, config, count)
-    names = picture(teacher, test, config, log.out / "reconstruction")
+    picture(teacher, test, config, log.out / "reconstruction")
     clouds.write_chart(log.out / "loss.svg", log.rows)
-    log.close(**{f"{name}_before": value for name, value in before.items()},
-              **{f"{name}_after": value for name, value in after.items()})
-    print("reconstruction.png: input, patches, coarse, fine; from the top", ", ".join(names))
-    titles = {"cd_l1": "CD-L1 x 1000", "cd_l2": "CD-L2 x 1000", "fscore": "F-score at 0.01, %"}
-    for name, title in titles.items():
-        scale = 100 if name == "fscore" else 1000
+    other = after.pop("cd_l1_other")
+    log.close(**{f"{name}_before": before[name] for name in after},
+              **{f"{name}_after": value for name, value in after.items()}, cd_l1_other=other)
+    for name, title, scale in (("cd_l1", "CD-L1 x 1000", 1000), ("fscore", "F-score, %", 100)):
         print(f"reconstruction of {count} test clouds, {title}: "
               f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained")
+    worse = 100 * (other / after["cd_l1"] - 1)
+    warning = "; warning: the decoder ignores the codes" if worse < 2 and count > 1 else ""
+    print(f"CD-L1 with the codes of another cloud: {worse:.1f} % worse{warning}")
 
 if __name__ == "__main__":
     training.run_script(main, Config, __doc__)

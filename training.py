@@ -10,8 +10,6 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,13 +31,13 @@ SIZES = {  # what differs from the paper; `backbone`: public weights, and the wi
 
 def flag(default, help, paper=None, kind=None, choices=None):
     """A dataclass field that is also a flag of the default's type; `paper`: the published value."""
+    help += f" (default: {default})" if default else ""
+    help += f" (the paper: {paper})" if paper else ""
     options = dict(default=default, type=kind or type(default), choices=choices)
     if default is False:
         options = dict(action="store_true")
     if default == ():
         options = dict(default=[], nargs="+", action="extend")
-    help += f" (default: {default})" if default else ""
-    help += f" (the paper: {paper})" if paper else ""
     return field(default=default, metadata=dict(options, help=help.replace("%", "%%")))
 
 @dataclass
@@ -58,8 +56,7 @@ class RunConfig:
     lr: float = flag(None, "peak learning rate", None, float)
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("auto", "auto: bf16 where the hardware multiplies in it, else fp32",
-                          choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "auto: bf16 if native, or fp32", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the Transformer blocks")
     resume: bool = flag(False, "continue after the last epoch in --out, on a CPU bit for bit")
     log_every: int = flag(None, "also log and print every so many steps", None, int)
@@ -69,9 +66,8 @@ def parse_flags(config_class, description, argv=None):
     def fail(message):
         raise ValueError(message)
 
-    layout = partial(argparse.RawDescriptionHelpFormatter, width=100)
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     for f in fields(config_class):
         parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata)
@@ -85,56 +81,50 @@ def parse_flags(config_class, description, argv=None):
 
 def override(config, pairs, names):
     """A model's config with the NAME=VALUE pairs of --set applied, checked by name and type."""
+    kinds = {name: type(getattr(config, name)) for name in names}
     for pair in pairs:
-        name, _, text = pair.partition("=")
         try:
-            kind = type(getattr(config, names[names.index(name)]))
-            config = replace(config, **{name: kind(text)})
-        except ValueError as error:
+            name, value = pair.split("=")
+            config = replace(config, **{name: kinds[name](value)})
+        except (KeyError, ValueError) as error:
             raise ValueError(f"--set {pair}: expected a value of {', '.join(names)}") from error
     return config
 
 def run_script(main, config_class, description):
     """Parses the flags and runs main(config). A user's mistake is one line and exit code 2."""
-    path, code = Path(), 2
     try:
-        config = parse_flags(config_class, description)
-        path = Path(config.out) / "last.pt"
-        main(config)
+        main(parse_flags(config_class, description))
         return dist.destroy_process_group() if dist.is_initialized() else None
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
-        message = f"error: {error}"
+        message, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
-        if path.is_file():
-            epoch = act.read_tensors(path)["epoch"]
-            message += f"; the same command with --resume continues {path} after epoch {epoch}"
+        message, code = f"interrupted; --resume continues after epoch {Log.saved}", 130
     print(" ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 def setup(config, defaults):
-    """(config without `auto` and None, which the size's `defaults` replace; device). Seeds torch,
-    joins torchrun's processes, of which only the first prints."""
+    """(config with the size's `defaults`; device). Seeds torch, joins torchrun's processes."""
+    # gradients of a sharp softmax are denormal numbers, on which a CPU is several times slower
+    torch.set_flush_denormal(True)  # stage I with a trained tokenizer: 2.4 -> 8.3 clouds/s
     gpu = torch.cuda.is_available()
     name = config.device.replace("auto", "cuda" if gpu else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?" if gpu else "cpu", name):
         raise ValueError(f"--device: expected auto, cpu, or with a GPU cuda[:N], got {name}")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    cpuinfo = Path("/proc/cpuinfo")  # bf16 pays where it is multiplied in, not only converted to
-    bf16 = cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text())
+    cpu = Path("/proc/cpuinfo")  # bf16 pays where it is multiplied in, not only converted to
+    bf16 = cpu.exists() and re.search("avx512_bf16|amx_bf16", cpu.read_text())
+    size, precision = "tiny", "bf16" if bf16 else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        bf16 = torch.cuda.is_bf16_supported()
+        size, precision = "base", "bf16"
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK > 0:
+    if RANK > 0:  # only the first prints
         sys.stdout = open(os.devnull, "w")
     torch.manual_seed(config.seed)
-    size = config.size.replace("auto", "base" if device.type == "cuda" else "tiny")
-    precision = config.precision.replace("auto", "bf16" if bf16 else "fp32")
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    settled = {"points": 1024, **defaults[size], **given, "size": size, "precision": precision}
-    return replace(config, **settled), device
+    given = {name: value for name, value in vars(config).items() if value not in (None, "auto")}
+    settled = dict(points=1024, size=size, precision=precision)
+    return replace(config, **{**settled, **defaults[given.get("size", size)], **given}), device
 
 def seeded(device, *numbers):
     """A generator that depends on the numbers alone: a step needs no memory of those before it."""
@@ -150,12 +140,12 @@ def place(config, num_group, device, *splits):
     """Clouds, checked to have as many distinct points as patches, on the GPU if they fit."""
     for clouds in splits:
         for i, name in enumerate(clouds.names):
-            count = len(clouds[i][: 4 * num_group].unique(dim=0))
+            count = len(clouds[i][: 4 * num_group].unique(dim=0))  # enough of nearly every cloud
             if count < num_group:
                 count = len(clouds[i].unique(dim=0))
-            if min(count, config.points) < num_group:
-                got = f"{count} with --points {config.points}"
-                raise ValueError(f"{name}: expected {num_group} distinct points, got {got}")
+            count = min(count, config.points)
+            if count < num_group:
+                raise ValueError(f"{name}: expected {num_group} distinct --points, got {count}")
     fit = device.type == "cuda" and splits[0].points.nbytes < torch.cuda.mem_get_info()[0] / 4
     return [clouds.to(device) if fit else clouds for clouds in splits]
 
@@ -176,8 +166,7 @@ def plan(config, count):
     return replace(config, batch_size=batch, steps=steps, epochs=epochs)
 
 def epoch_batches(config, count, epoch, step=0):
-    """Indices of the clouds in each batch of an epoch (from 0) that is left at `step`. The last,
-    smaller batch is dropped, unless it is the only one."""
+    """Indices of the clouds in each full batch of an epoch (from 0) that is left at `step`."""
     order = torch.randperm(count, generator=seeded("cpu", config.seed, "order", epoch))
     batches = order.split(config.batch_size)[: count // config.batch_size]
     first = epoch * len(batches)
@@ -194,18 +183,21 @@ def set_lr(optimizer, step, config, end, warmup, start=1e-6):
     if step < warmup:
         lr = start + (config.lr - start) * step / warmup
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1)  # a group may have a rate of its own
     return lr
 
-def adamw(model, lr, weight_decay):
-    """AdamW as published: no decay on biases, 1-D parameters and names holding "token"."""
-    decayed, spared = [], []
+def adamw(model, lr, weight_decay, slow=()):
+    """AdamW as published: no decay on 1-D parameters (biases, too) and names holding "token". Names
+    that begin with a string of `slow` learn at a tenth of the rate."""
+    groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            is_spared = p.ndim <= 1 or name.endswith("bias") or "token" in name
-            (spared if is_spared else decayed).append(p)
-    groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+            decay = 0.0 if p.ndim <= 1 or "token" in name else weight_decay
+            kind = decay, 0.1 if name.startswith(slow) else 1.0
+            groups.setdefault(kind, []).append(p)
+    groups = [dict(params=params, weight_decay=decay, scale=scale)
+              for (decay, scale), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """act.BatchNorm with the statistics of all processes; on GPUs only."""
@@ -230,166 +222,131 @@ def sum_over_processes(tensor):
 class Log:
     """A run's folder: config.json, metrics.jsonl, and last.pt at the end of every epoch.
 
-    `state` is the checkpoint that a resumed run continues, already in the model, else None. Raises
+    `state`: the checkpoint that a resumed run continues, already in the model, else None. Raises
     ValueError if another run uses the folder, or settings or clouds (`names`) have changed."""
-    free = {"out", "resume", "log_every", "cache", "data", "device", "compile", "epochs",
-            "vote"}
-    kinds = ("*.pt", "*.jsonl", "*.json", "*.svg", "*.png", "*.ply", "*.csv", "*.npz")
+    free = {"out", "resume", "log_every", "cache", "data", "device", "compile", "epochs", "vote"}
+    kinds = {".pt", ".jsonl", ".json", ".svg", ".png", ".ply", ".csv", ".npz"}
+    saved = 0  # epochs, of the last run of this process
 
     def __init__(self, config, model, names):
         self.config, self.model, self.out = config, model, Path(config.out)
-        self.step, self.epoch, self.seconds, self.state = 0, 0, 0.0, None
-        self.rows, self.values, self.written = [], [], 0  # written: values of the epoch in rows
+        self.step, self.epoch, self.state, self.rows, self.values = 0, 0, None, [], []
         clouds = hashlib.sha256(repr(names).encode()).hexdigest()
-        self.about = dict(settings={**asdict(config), "clouds": clouds}, command=sys.argv,
-                          device=str(next(model.parameters()).device), processes=WORLD,
+        self.about = dict(kind=type(model).__name__, config=asdict(model.config), command=sys.argv,
+                          settings={**asdict(config), "clouds": clouds}, processes=WORLD,
+                          device=str(next(model.parameters()).device),
                           versions=f"Python {sys.version.split()[0]}, torch {torch.__version__}")
-        if RANK == 0:
-            self.lock()
-        if config.resume and (self.out / "last.pt").is_file():
-            self.resume(self.out / "last.pt", len(names) // config.batch_size)
-        if RANK == 0:
-            if self.state is None and (self.out / "config.json").exists():
-                self.set_aside()
-            about = json.dumps({**self.about, "model": asdict(model.config)}, indent=1)
-            (self.out / "config.json").write_text(about)
-            lines = [json.dumps(row) + "\n" for row in self.rows]
-            (self.out / "metrics.jsonl").write_text("".join(lines))
-        self.began = time.monotonic() - self.seconds
-
-    def lock(self):
         self.out.mkdir(parents=True, exist_ok=True)
-        if os.name == "posix":
+        if RANK == 0 and os.name == "posix":
             import fcntl
             try:  # until this process ends
                 file = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"--out {self.out}: in use by another run") from error
-
-    def set_aside(self):
-        aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
-        aside.mkdir()
-        for file in [file for kind in self.kinds for file in self.out.glob(kind)]:
-            file.rename(aside / file.name)
-        print(f"the earlier run in {self.out} is now in {aside}")
+        if config.resume and (self.out / "last.pt").is_file():
+            self.resume(self.out / "last.pt", len(names) // config.batch_size)
+        elif RANK == 0 and (self.out / "config.json").exists():
+            aside = self.out / time.strftime("earlier-%Y%m%d-%H%M%S")
+            aside.mkdir()
+            for file in [file for file in self.out.iterdir() if file.suffix in self.kinds]:
+                file.rename(aside / file.name)
+            print(f"the earlier run in {self.out} is now in {aside}")
+        if RANK == 0:
+            (self.out / "config.json").write_text(json.dumps(self.about, indent=1))
+        self.file = open(self.out / "metrics.jsonl" if RANK == 0 else os.devnull, "w", buffering=1)
+        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.began = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def resume(self, path, steps_per_epoch):
         self.state = state = act.read_tensors(path)
-        if "settings" not in state:
-            raise ValueError(f"{path}: expected a run's checkpoint, got {', '.join(state)}")
-        now, then = self.about["settings"], state["settings"]
-        free = {*self.free, "steps"} if now["steps"] > then["steps"] else self.free
-        changed = [f"{name} was {then[name]!r}, is {now.get(name)!r}" for name in then
-                   if name not in free and then[name] != now.get(name)]
+        then, now = state.get("settings", {"steps": 0}), self.about["settings"]
+        free = self.free | {"steps"} if now["steps"] > then["steps"] else self.free
+        changed = [f"{name} was {value!r}, is {now.get(name)!r}" for name, value in then.items()
+                   if value != now.get(name) and name not in free]
         if changed:
             raise ValueError(f"{path}: expected the same settings, got: {'; '.join(changed)}")
-        act.load_exactly(self.model, state["model"], path)
+        act.load_exactly(self.model, state.get("model", {}), path)
         torch.set_rng_state(state["random"])
-        self.rows, self.seconds, self.step = state["log"], state["seconds"], state["step"]
-        self.epoch = self.step // steps_per_epoch
+        self.rows, self.step = state["log"], state["step"]
+        self.epoch = Log.saved = self.step // steps_per_epoch
         longer = ", on the schedule of the longer run" if "steps" in free else ""
         print(f"resumed {path} after epoch {state['epoch']}{longer}")
 
     def add(self, **values):
-        """A step's tensors, of which rows have the mean, and numbers, of which they have the last.
-        No tensor is read before, since that would wait for a GPU."""
+        """A step's tensors, for the rows' means, then numbers. Reads none: a GPU would wait."""
         self.step += 1
         self.last = values
         tensors = [value.detach().float() for value in values.values() if torch.is_tensor(value)]
         self.values.append(torch.stack(tensors))
-        if self.step % (self.config.log_every or self.config.steps + 1) == 0:
-            self.write(self.epoch + 1, self.values[self.written :])
-            self.written = len(self.values)
+        every = self.config.log_every
+        if every and self.step % every == 0:
+            self.write(self.epoch + 1, self.values[-every:])  # those since the row before
         elif sys.stdout.isatty():
-            print(f"\r\033[K{self.pace()}", end="", flush=True)
+            print(self.pace(), end="  \r", flush=True)  # the next line is longer, and covers it
 
     def end_epoch(self, optimizer, metrics, **extra):
         """The row of an epoch: its means and `metrics`; then the checkpoint."""
         self.epoch += 1
         self.write(self.epoch, self.values, **metrics)
-        self.values, self.written = [], 0
-        state = dict(kind=type(self.model).__name__, config=asdict(self.model.config),
-                     model=self.model.state_dict(), optimizer=optimizer.state_dict(),
-                     epoch=self.epoch, step=self.step, seconds=self.seconds, log=self.rows,
-                     random=torch.get_rng_state(), **self.about, **extra)
+        self.values = []
+        state = dict(model=self.model.state_dict(), optimizer=optimizer.state_dict(), log=self.rows,
+                     epoch=self.epoch, step=self.step, random=torch.get_rng_state())
         if RANK == 0:
-            act.save(state, self.out / "last.pt")
+            act.save({**self.about, **state, **extra}, self.out / "last.pt")
+        Log.saved = self.epoch
 
     def pace(self):
         rate = self.step / (time.monotonic() - self.began)
-        left = timedelta(seconds=int((self.config.steps - self.step) / rate))
+        left = (self.config.steps - self.step) / rate / 60
         clouds = f"{rate * self.config.batch_size:.1f} clouds/s"
-        return f"step {self.step} of {self.config.steps}  {clouds}  {left} left"
+        return f"step {self.step} of {self.config.steps}  {clouds}  {left:.1f} min left"
 
     def write(self, epoch, values=(), **metrics):
         """A row of metrics.jsonl; one with means, over steps and processes, is printed, too."""
         if values:
             means = sum_over_processes(torch.stack(values).mean(dim=0) / WORLD).tolist()
-            names = [name for name, value in self.last.items() if torch.is_tensor(value)]
-            metrics = {**self.last, **dict(zip(names, means)), **metrics}
+            metrics = {**self.last, **dict(zip(self.last, means)), **metrics}
             if not all(map(math.isfinite, means)):
                 raise ValueError(f"loss not finite up to step {self.step}: {metrics}; lower --lr")
-            shown = [f"{name} {value:.4g}" for name, value in metrics.items()
-                     if isinstance(value, (int, float))]
-            clear = "\r\033[K" if sys.stdout.isatty() else ""
-            print(f"{clear}epoch {epoch}", self.pace(), *shown, sep="  ", flush=True)
-        self.seconds = time.monotonic() - self.began
-        row = dict(epoch=epoch, step=self.step, seconds=round(self.seconds, 2), **metrics)
-        self.rows.append(row)
-        if RANK == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            shown = [f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))]
+            print(f"epoch {epoch}", self.pace(), *shown, sep="  ", flush=True)
+        seconds = round(time.monotonic() - self.began, 2)
+        self.rows.append(dict(epoch=epoch, step=self.step, seconds=seconds, **metrics))
+        print(json.dumps(self.rows[-1]), file=self.file)
 
     def close(self, **metrics):
-        """The last row, with the closing metrics, and a line on time, memory and files."""
+        """The last row, with the closing metrics, and a line on the run."""
         self.write(self.epoch, **metrics)
-        peak = torch.cuda.max_memory_allocated()
-        if not peak and os.name == "posix":
-            import resource
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        files = sorted(path.name for kind in self.kinds for path in self.out.glob(kind))
-        print(f"{self.seconds:.0f} s for {self.step} steps, peak memory {peak / 2**30:.2f} GiB; "
-              f"{self.out} holds {', '.join(files)}")
+        print(f"{self.rows[-1]['seconds']:.0f} s for {self.step} steps; results in {self.out}")
         if 0 < self.step < 100:
-            print(f"{self.step} steps are too few for the statistics of BatchNorm to have settled: "
-                  "trained and untrained models do not compare")
+            print("too few for BatchNorm's statistics: trained and untrained models do not compare")
 
-def linear_svm(features, labels, num_classes, C=1.0):
-    """One-against-rest linear SVM: for each class min ½ |w|² + C Σ max(0, 1 - y w·x)².
-
-    features (n, D), labels (n,) -> weights (D + 1, classes) float64, the last row the intercept,
-    which is penalised too, as in LIBLINEAR. Deterministic."""
-    x = F.pad(features.double(), (0, 1), value=1.0)
-    y = 2.0 * F.one_hot(labels, num_classes).double() - 1
-    w = torch.zeros(x.shape[1], num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=1e-6 * len(x), history_size=20,
-                               tolerance_change=1e-12, line_search_fn="strong_wolfe")
+def linear_svm(x, labels, C):
+    """One-against-rest: weights (D, classes) of min ½ |w|² + C Σ max(0, 1 - y w·x)² per class."""
+    y = 2.0 * F.one_hot(labels) - 1
+    w = x.new_zeros(x.shape[1], y.shape[1])
 
     def objective():
-        solver.zero_grad()
-        value = w.square().sum() / 2 + C * (1 - y * (x @ w)).clamp_min(0).square().sum()
-        value.backward()
-        return value
+        slack = (1 - y * (x @ w)).clamp_min(0)
+        w.grad = w - 2 * C * x.T @ (y * slack)
+        return w.square().sum() / 2 + C * slack.square().sum()
 
-    solver.step(objective)
-    return w.detach()
+    torch.optim.LBFGS([w], max_iter=1000, tolerance_grad=1e-6 * len(x), history_size=20,
+                      tolerance_change=1e-12, line_search_fn="strong_wolfe").step(objective)
+    return w
 
 def svm_accuracy(train, train_labels, test, test_labels):
-    """Percent of the test features that a linear SVM on the train features labels right, and its C.
-
-    Features are standardised by the train features. C is the best of 0.001, 0.01, 0.1 and 1 on
-    every fifth train feature in order of class, the smallest of equals. Deterministic."""
-    train, num_classes = train.double(), int(max(train_labels.max(), test_labels.max())) + 1
-    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    """Percent of the test features that a linear SVM on the train features labels right, and its C:
+    of 0.001, 0.01, 0.1 and 1 the best, then smallest, on every fifth train feature in order of
+    class. Features are standardised by the train features, the intercept is penalised, too."""
+    mean, std = train.double().mean(dim=0), train.double().std(dim=0) + 1e-6
+    x, test = (F.pad((f - mean) / std, (0, 1), value=1.0) for f in (train, test))
     order = train_labels.argsort(stable=True)
-    x, y, test = ((train - mean) / std)[order], train_labels[order], (test - mean) / std
+    x, y, held = x[order], train_labels[order], torch.arange(len(x), device=x.device) % 5 == 0
 
-    def percent(x, y, queries, truth, C):
-        w = linear_svm(x, y, num_classes, C)
-        return 100 * ((queries @ w[:-1] + w[-1]).argmax(dim=1) == truth).double().mean().item()
+    def right(x, y, queries, truth, C):
+        return ((queries @ linear_svm(x, y, C)).argmax(dim=1) == truth).double().mean().item()
 
-    held = torch.arange(len(x), device=x.device) % 5 == 0
-    C = max((0.001, 0.01, 0.1, 1.0), key=lambda C: percent(x[~held], y[~held], x[held], y[held], C))
-    return percent(x, y, test, test_labels, C), C
+    C = max((0.001, 0.01, 0.1, 1.0), key=lambda C: right(x[~held], y[~held], x[held], y[held], C))
+    return 100 * right(x, y, test, test_labels, C), C
