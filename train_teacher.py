@@ -21,7 +21,7 @@ from training import flag
 
 # -- config ---------------------------------------------------------------------------------------
 DEFAULTS = {  # base is the published run
-    "tiny": dict(epochs=8, batch_size=4, lr=1e-3, log_every=100, codes="information"),
+    "tiny": dict(epochs=6, batch_size=4, lr=1e-3, log_every=100, codes="information"),
     "small": dict(epochs=50, batch_size=64, lr=5e-4, codes="kl"),
     "base": dict(epochs=300, batch_size=64, lr=5e-4, codes="kl")}
 INFORMATION = 0.02  # weight of the mutual information of patch and code
