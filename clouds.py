@@ -102,6 +102,7 @@ def _read_off(path):
     counts, *rows = map(str.split, text.split("\n"))
     vertices, faces = rows[:int(counts[0])], rows[int(counts[0]):int(counts[0]) + int(counts[1])]
     _expect(len(faces) == int(counts[1]), f"{counts[:2]} vertices and faces", f"{len(rows)} lines")
+    _expect(all(len(row) > int(row[0]) for row in faces), "all corners of a face", "fewer")
     faces = [np.array(row[1:int(row[0]) + 1], int) for row in faces]  # colours may follow
     return np.array([row[:3] for row in vertices], float), faces
 
@@ -110,15 +111,16 @@ def _read_obj(path):
     for keyword, *words in map(str.split, _lines(path)):
         if keyword == "v":
             vertices.append(words[:3])
-        elif keyword == "f":  # words vertex/texture/normal, from 1, or from -1 backwards
+        elif keyword == "f":  # words vertex/texture/normal, from 1, or from -1 backwards; 0 is none
             corners = [int(word.split("/")[0]) for word in words]
-            faces.append([c - 1 if c > 0 else len(vertices) + c for c in corners])
+            faces.append([c - 1 if c > 0 else len(vertices) + c if c else -1 for c in corners])
     return np.array(vertices, float), faces
 
 def _read_ply(path):
     """Vertices come first; faces, if any, next, each of them a list and then perhaps scalars."""
     head, body = re.split(rb"\nend_header[ \t]*\r?\n", path.read_bytes(), maxsplit=1)
-    head = re.sub(r"\n(comment|obj_info).*", "", head.decode("latin-1"))
+    head = re.sub(r"[ \t\r]+", " ", head.decode("latin-1"))
+    head = re.sub(r"\n ?(comment|obj_info).*", "", head)
     order = PLY_ORDERS[re.search(r"\nformat (\w+)", head)[1]]
     if order == "=":  # the numbers of a text become a body of doubles
         body = np.array(body.split(), float).tobytes()
@@ -130,15 +132,18 @@ def _read_ply(path):
     _expect(first == "vertex" and "face" not in names[2:], "vertices, then faces", names)
     fields = [(name, types[kind]) for kind, name in re.findall(r"property (\w+) (\S+)", lines)]
     vertices, faces = np.frombuffer(body, fields, int(count)), []
+    offset = vertices.nbytes
     if second == "face":
-        ((length, index),) = re.findall(r"property list (\w+) (\w+)", face_lines)
+        ((length, index),) = re.findall(r"^\s*property list (\w+) (\w+)", face_lines)
         scalars = re.findall(r"property (?!list)(\w+)", face_lines)
         tail = sum(types[kind].itemsize for kind in scalars)
-        offset, length = vertices.nbytes, types[length]
+        length = types[length]
         for _ in range(int(num_faces)):
             size = int(np.frombuffer(body, length, 1, offset)[0])
             faces.append(np.frombuffer(body, types[index], size, offset + length.itemsize))
             offset += length.itemsize + faces[-1].nbytes + tail
+    complete = order != "=" or offset == len(body) or set(names) - {"vertex", "face"}
+    _expect(complete, f"{offset // 8} numbers", len(body) // 8)
     return np.stack([vertices[axis] for axis in "xyz"], axis=1), faces
 
 LABELLED = (".npy", ".txt", ".xyz", ".pts")  # forms that may hold a label for each point
@@ -225,7 +230,8 @@ def read_cloud(path, points=1024, normalized=True):
     """A file as a model takes it, (n, 3) float32, n <= points, normalised: of more than MAX_POINTS
     a random part, as in a folder's cache, of which the `points` (None: all) farthest are taken."""
     scaled = normalize if normalized else np.float32
-    xyz = scaled(_thin(read_points(path)))
+    with _naming(path):
+        xyz = scaled(_thin(read_points(path)))
     if points is None or len(xyz) <= points:
         return xyz
     return scaled(xyz[farthest_points(xyz, points)])
@@ -360,6 +366,7 @@ def _list_clouds(root, labelled=False):
         _expect(not stray, "all clouds in train or test folders", ", ".join(stray[:5]))
         last = "test" if "test" in splits else "val"
         test = {name for name, (split, _) in found.items() if split == last}
+        _expect(0 < len(test) < len(found), "train and test", f"{len(test)} test of {len(found)}")
         if "val" in splits:
             notes.append(f"val {'is the test' if last == 'val' else 'joins the training'} set")
     else:  # by a hash of the name, of each class at least one and never all
@@ -374,11 +381,12 @@ def _list_clouds(root, labelled=False):
 def _cached(root, names, cache, read, columns):
     """What `read` gives of all files, rows (T, columns) and offsets (n + 1,), mapped from one file,
     which ends in a hash of the files' state: one that does not is written anew, whole or not."""
-    elsewhere = Path(tempfile.gettempdir(), f"clouds-cache-{Path.home().name}")
+    elsewhere = Path(tempfile.gettempdir(), "clouds-cache-" + Path(os.path.expanduser("~")).name)
     cache = Path(cache or (root if os.access(root, os.W_OK) else elsewhere))
     cache.mkdir(parents=True, exist_ok=True)
-    stats = [(root / name).stat() for name in names]
-    state = names, [(stat.st_size, stat.st_mtime_ns) for stat in stats], MAX_POINTS, MESH_POINTS
+    stats = [os.stat(root / name) if (root / name).exists() else None for name in names]
+    stats = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]  # None: named when read
+    state = names, stats, MAX_POINTS, MESH_POINTS
     source = os.path.realpath(root), columns
     source, state = (hashlib.sha256(ascii(value).encode()).digest() for value in (source, state))
     path = cache / f".clouds-{source.hex()[:12]}.bin"
@@ -394,7 +402,7 @@ def _cached(root, names, cache, read, columns):
                         offsets.append(offsets[-1] + file.write(rows.tobytes()) // (4 * columns))
                     except ValueError as error:
                         broken.append(str(error))
-                file.write(np.array(offsets).tobytes() + state)
+                file.write(np.array(offsets, np.int64).tobytes() + state)
             if broken:
                 raise ValueError("; ".join(broken))
             os.replace(part, path)
@@ -414,18 +422,20 @@ def _open_files(name, root, entries, cache, notes=(), classes=None, read=None, c
     clouds = Clouds(rows[:, :3], offsets, list(files))
     if None not in labels:
         clouds.classes = classes or sorted(set(labels))
+        unknown = ", ".join(set(labels) - set(clouds.classes))
+        _expect(not unknown, f"classes {', '.join(clouds.classes)}", unknown)
         clouds.labels = torch.tensor([clouds.classes.index(label) for label in labels])
     elif any(labels):
         notes = [*notes, f"no classes, since {files[labels.index(None)]} is in no class folder"]
     if columns > 3:
         clouds.parts = rows[:, 3].long()
-        clouds.part_names = [] if classes else _label_names(root, clouds.parts.max())
+        clouds.part_names = [] if classes else _label_names(root, int(clouds.parts.max()))
         ranges = [SHAPENET_PARTS[name] for name in clouds.classes]
         clouds.part_ranges = ranges or [(0, len(clouds.part_names))]
     splits = clouds, clouds
     if count > 1:
         splits = clouds.select(range(train)), clouds.select(range(train, count))
-    everything = clouds if name == "ShapeNet-55" else None  # pretrained on both of its lists
+    everything = clouds if root.name == "shapenet_pc" else None  # pretrained on both of its lists
     return Dataset(name, *splits, everything, list(notes))
 
 # -- Published data sets --------------------------------------------------------------------------
@@ -463,7 +473,8 @@ class _Unpickler(pickle._Unpickler):  # in Python: C's takes memory that a file 
 
 def _unpickle(path):
     with _naming(path), open(path, "rb") as file:
-        return _Unpickler(mmap(file.fileno(), 0, access=ACCESS_READ)).load()  # reads no more
+        data = mmap(file.fileno(), 0, access=ACCESS_READ)  # reads no more
+        return _Unpickler(data, encoding="latin1").load()  # of Python 2, too
 
 def read_episode(path, way):
     """(train, test) Clouds of a published few-shot fold of `way` classes, a pickle of {"train":
@@ -488,7 +499,9 @@ def _open_modelnet(root, cache, **_):  # two .dat, or a text for each cloud and 
     classes = names.read_text().split() if names.is_file() else None
     packed = [root / f"modelnet40_{split}_8192pts_fps.dat" for split in ("train", "test")]
     if packed[0].is_file():
-        return _from_arrays("ModelNet40", [(path, *_unpickle(path)) for path in packed], classes)
+        sources = [(path, *_unpickle(path)) for path in packed]
+        _expect([*map(len, sources)] == [3, 3], f"[clouds, labels] in {packed[0].name}", "others")
+        return _from_arrays("ModelNet40", sources, classes)
     for is_test, name in _listed(root, "modelnet40_{}.txt"):
         label = name.rpartition("_")[0]
         entries.append((is_test, f"{label}/{name}.txt", label))
@@ -496,10 +509,12 @@ def _open_modelnet(root, cache, **_):  # two .dat, or a text for each cloud and 
 
 def _open_h5(path, variant, **_):
     """A train .h5 and the test .h5 beside it; ScanObjectNN's are used as stored, not normalised."""
-    found = sorted(path.rglob("*train*.h5")) if path.is_dir() else [path]
+    found = [file for file in _files(path) if file.match("*train*.h5")] if path.is_dir() else [path]
     is_scan, sources = any("objectdataset" in file.name for file in found), []
     if path.is_dir() and is_scan:
-        found = [file for file in found if file.absolute().match(SCAN_FILES[variant])]
+        flat = not any("main_split" in str(file.absolute()) for file in found)
+        wanted = SCAN_FILES[variant].split("/")[-1] if flat else SCAN_FILES[variant]
+        found = [file for file in found if file.absolute().match(wanted)]
     expected = f"one train .h5, or {SCAN_FILES[variant]} of ScanObjectNN"
     names = ", ".join(file.name for file in found) or "none"
     _expect(len(found) == 1 and "train" in names, expected, names)
@@ -521,11 +536,19 @@ def _open_shapenet_part(root, cache, **_):  # train and val are for training
     categories = dict(zip(words[1::2], words[::2]))
     _expect(words and set(words[::2]) <= set(SHAPENET_PARTS), "synsets of categories", words[:8])
     for split in ("train", "val", "test"):
-        listed = (root / "train_test_split" / f"shuffled_{split}_file_list.json").read_text()
-        for synset, model in (entry.split("/")[-2:] for entry in json.loads(listed)):
-            entries.append((int(split == "test"), f"{synset}/{model}.txt", categories[synset]))
+        listed = root / "train_test_split" / f"shuffled_{split}_file_list.json"
+        with _naming(listed):
+            for entry in json.loads(listed.read_text()):
+                synset, model = entry.split("/")[-2:]
+                entries.append((int(split == "test"), f"{synset}/{model}.txt", categories[synset]))
 
-    read = partial(_read_parts, count=50)
+    def read(path):
+        rows, parts = _read_parts(path, 50), SHAPENET_PARTS[categories[path.parent.name]]
+        with _naming(path):
+            known = np.isin(rows[:, 3], np.arange(*parts)).all()
+            _expect(known, f"labels {parts[0]} to {parts[1] - 1}", np.unique(rows[:, 3])[:9])
+        return rows
+
     return _open_files("ShapeNetPart", root, entries, cache, (), words[::2], read, columns=4)
 
 def _label_names(root, last):
@@ -572,7 +595,7 @@ def open_rooms(data, area=5, density=1200.0):
             name, area = root.absolute().name, 1
             entries, notes = _list_clouds(root, labelled=True)
             rooms = [_read_room(root / file, is_test) for is_test, file, _ in sorted(entries)]
-            classes = _label_names(root, max(room.labels.max() for room in rooms))
+            classes = _label_names(root, max(int(room.labels.max()) for room in rooms))
         test = [room for room in rooms if room.area == area or len(rooms) == 1]
         train = [room for room in rooms if room.area != area or len(rooms) == 1]
         expected = f"rooms of {name} (Area_5_office_1.npy) in area {area} and in others"
@@ -588,6 +611,7 @@ def _open_blocks(root, area, **_):
             cell = np.floor(room.xyz[:, :2]).astype(np.int64) @ [1 << 20, 1]
             blocks += [room.xyz[cell == chosen] for chosen in np.unique(cell)]
         sources.append((root, [block for block in blocks if len(block) >= 1024], None))
+        _expect(sources[-1][1], "blocks of 1024 points or more", "none")
     dataset = _from_arrays("S3DIS", sources)
     return dataset._replace(notes=[*rooms.notes, "blocks of 1 m x 1 m"])
 
@@ -618,7 +642,7 @@ def open_dataset(data, cache=None, variant="PB_T50_RS", area=5):
     path, notes = Path(data), []
     with _naming(path):
         _expect(path.exists(), "'synthetic', a file or a folder", "no such path")
-        names = "\n".join(os.listdir(path) if path.is_dir() else [path.name])
+        names = "\n".join(os.listdir(path) if path.is_dir() else [path.suffix])
         readers = [reader for layout, reader in DATASETS if re.search(layout, names, re.MULTILINE)]
         dataset = readers[0](path, cache=cache, variant=variant, area=area)
     for kind, split in (("training", dataset.train), ("test", dataset.test)):
@@ -869,6 +893,7 @@ def pca_colors(features):
     scores = values @ np.transpose(axes)
     low, high = np.percentile(scores, [2, 98], axis=0)
     colors = np.clip((scores - low) / np.maximum(high - low, 1e-9), 0, 1)
+    colors = np.pad(colors, ((0, 0), (0, 3 - len(axes))), constant_values=0.5)
     return np.split(colors, np.cumsum([len(array) for array in features])[:-1])
 
 def write_gallery(path, rows, columns=None):

@@ -1,7 +1,6 @@
 """Object detection in rooms (Sec. 5): the pretrained encoder in a set predictor after 3DETR.
 
     python detect.py                            # after train_student.py: synthetic rooms
-    python detect.py --checkpoint none          # the same from scratch
     python detect.py --predict my_rooms --checkpoint runs/detect/last.pt   # metres, z up; to .ply
     python detect.py --data scannet_train_detection_data --size base --checkpoint student.pth
 
@@ -43,7 +42,6 @@ ROOMS = ((7, 400), (8, 48))  # synthetic rooms to train and test on: area, which
 SCANNET = dict(cabinet=3, bed=4, chair=5, sofa=6, table=7, door=8, window=9, bookshelf=10,
                picture=11, counter=12, desk=14, curtain=16, refrigerator=24, showercurtrain=28,
                toilet=33, sink=34, bathtub=36, garbagebin=39)  # published names, nyu40 ids
-SHOWN = 0.3  # the least score of a box in pictures and tables
 
 @dataclass
 class Config(training.RunConfig):
@@ -151,8 +149,7 @@ def average_precision(detections, truths, num_classes, threshold):
 
 # -- model ----------------------------------------------------------------------------------------
 @dataclass
-class DetectorConfig(act.EncoderConfig):
-    """The defaults are 3DETR's, but for the encoder."""
+class DetectorConfig(act.EncoderConfig):  # the defaults are 3DETR's, but for the encoder
     num_group: int = 2048
     group_size: int = 64
     normalized: bool = False
@@ -167,8 +164,8 @@ class DetectorConfig(act.EncoderConfig):
 
 def fourier_positions(xyz, low, extent, frequencies):
     """[sin, cos] of 2 pi x place in the room x frequencies (3, D / 2): (B, G, 3) -> (B, G, D)."""
-    share = (xyz - low[:, None]) / extent[:, None]
-    phase = (2 * np.pi * share[..., None] * frequencies).sum(dim=2)  # autocast rounds a product
+    share = ((xyz - low[:, None]) / extent[:, None])[..., None]  # autocast rounds a product:
+    phase = (2 * np.pi * share * frequencies).sum(dim=2)
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 def dense(in_dim, out_dim, dropout=0.0):
@@ -245,10 +242,11 @@ def synthetic_scenes(points):
 def read_scan(root, name):
     path, ids = root / f"{name}_bbox.npy", list(SCANNET.values())
     try:
-        rows = np.load(path, allow_pickle=False).reshape(-1, 7)
+        rows = np.load(path, allow_pickle=False)
+        rows = rows if rows.size else rows.reshape(0, 7)
+        if rows.shape[1:] != (7,) or not np.isfinite(rows).all() or (rows[:, 3:6] < 0).any():
+            raise ValueError(f"shape {rows.shape}, or NaN, infinite or negative values")
         labels = np.array([ids.index(number) for number in rows[:, 6]], np.int64)
-        if not (np.isfinite(rows).all() and rows[:, 3:6].min(initial=0) >= 0):
-            raise ValueError("NaN, infinite or negative values")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: expected rows of centre, size, class id, got {error}") from error
     xyz = clouds.read_points(root / f"{name}_vert.npy")
@@ -352,7 +350,7 @@ def predict(config, device):
             continue
         low = points.min(axis=0)  # subtracted in float64
         boxes, scores = detect(model, [Scene("", np.float32(points - low), *np.zeros((2, 0)))])[0]
-        shown = scores.amax(dim=1) > SHOWN
+        shown = scores.amax(dim=1) > 0.3  # as in boxes.png
         boxes, (scores, kinds) = boxes[shown].numpy() + [*low, 0, 0, 0], scores[shown].max(dim=1)
         print(f"{file}: {len(points)} points, {np.ptp(points, axis=0)} m, {len(boxes)} boxes")
         for box, kind, score in zip(boxes.round(2), kinds.tolist(), scores.tolist()):
@@ -370,7 +368,6 @@ def main(config):
     augment = "quarters" if config.data == "synthetic" else "published"
     data = synthetic_scenes(config.points) if augment == "quarters" else open_scans(config.data)
     config, path = training.plan(config, len(data.train)), config.checkpoint
-    print(f"{clouds.describe(data)}; encoder: {path}")
     source = None if path == "none" else training.load(act.Student, path, "cpu")
     c = source.config if source else act.EncoderConfig(**training.SIZES[config.size]["encoder"])
     torch.manual_seed(config.seed)  # the decoder does not depend on where the encoder comes from
@@ -379,6 +376,9 @@ def main(config):
         points=config.points, class_names=data.classes, **SIZES[config.size])).to(device)
     if source:
         act.load_exactly(model.encoder, source.encoder.state_dict(), path)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{clouds.describe(data)}\n{device} x {WORLD}, {config.precision}; size {config.size}, "
+          f"encoder {path}, {c.width} wide, {c.depth} deep; {count:.1f} M parameters")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.1)  # of all
     net = training.parallel(model, config)
     log = training.Log(config, model, [scene.name for scene in data.train])
@@ -411,20 +411,20 @@ def main(config):
     # -- results ----------------------------------------------------------------------------------
     if RANK > 0:
         return
-    table = {"start": start, **evaluate(model, data)}
+    table = evaluate(model, data)
     print("in percent; start: the mean before training; means: over the classes with ground truth")
-    for name, row in table.items():
+    for name, row in {"start": start, **table}.items():
         print(f"{name:14}", *(f"{key} {value:5.1f}" for key, value in row.items()), sep="  ")
     tiles = []
     for (_, xyz, true, _), (boxes, scores) in zip(data.test, detect(model, data.test[:3])):
-        found, low, high = boxes[scores.amax(dim=1) > SHOWN], xyz.min(axis=0), xyz.max(axis=0)
+        found, low, high = boxes[scores.amax(dim=1) > 0.3], xyz.min(axis=0), xyz.max(axis=0)
         inner = xyz[((xyz > low + [0.1, 0.1, -1]) & (xyz < high - 0.1)).all(axis=1)]  # no walls
         colors = np.repeat([[0.1, 0.5, 0.2], [0.9, 0.4, 0.1]], [len(true), len(found)], axis=0)
         xyz, colors = outline(inner, np.concatenate([true, found]), colors)
         tiles.append((clouds.normalize(xyz)[:, [1, 2, 0]], colors))  # y up
     clouds.write_gallery(log.out / "boxes", [tiles])
     clouds.write_chart(log.out / "loss.svg", log.rows)
-    log.close(**table["mean"], classes=table)
+    log.close(**table.pop("mean"), **{f"{k}_start": v for k, v in start.items()}, classes=table)
 
 if __name__ == "__main__":
     training.run_script(main, Config, __doc__)

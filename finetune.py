@@ -82,6 +82,8 @@ def defaults(config):
 # -- clouds ----------------------------------------------------------------------------------------
 def draw_episode(data, way, shot, fold):
     """An episode, whatever --seed is: `way` classes of `shot` support and QUERIES query clouds."""
+    if data.train.labels is None:
+        raise ValueError(f"{data.name}: expected a sub-folder for each class, got no classes")
     rng, splits, names = np.random.default_rng([way, shot, fold]), [], data.train.classes
     support, query = (np.bincount(part.labels, minlength=len(names)) for part in data[1:3])
     enough = np.flatnonzero((support >= shot) & (query > 0))
@@ -227,9 +229,11 @@ def start_model(config, task, source, device):
         model.freeze_encoder()
     if source:
         report = model.encoder.load_state_dict(source.encoder.state_dict(), strict=False)
-        new = [name for name, _ in model.named_children() if name != "encoder"]
-        print(f"loaded the encoder in {config.checkpoint}; newly initialised: {', '.join(new)}; "
-              f"not used: {', '.join([*report.unexpected_keys, 'decoder'])}")
+        new, unused = ([name for name, _ in net.named_children() if name != "encoder"]
+                       for net in (model, source))
+        print(f"loaded the encoder in {config.checkpoint}; newly initialised: "
+              f"{', '.join([*report.missing_keys, *new])}; not used: "
+              f"{', '.join([*report.unexpected_keys, *unused])}")
     c, count = model.config, sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: width {c.width}, depth {c.depth}, {count / 1e6:.1f} M "
           f"parameters, {c.num_group} patches of {c.group_size} of {c.points} points")
@@ -392,6 +396,9 @@ def fit(config, task, source, device):
     """Trains and evaluates a network for a task -> the run's Log, with its closing row."""
     count = len(task.names)
     config = training.plan(config, count)
+    if config.batch_size < 2 * WORLD:
+        raise ValueError(f"--batch-size: expected {2 * WORLD} or more for BatchNorm, "
+                         f"got {config.batch_size}")
     model = start_model(config, task, source, device)
     optimizer = training.adamw(model, config.lr, config.weight_decay)
     log = training.Log(config, model, task.names)
@@ -423,7 +430,7 @@ def fit(config, task, source, device):
     if RANK == 0:
         metrics = {**task.evaluate(model), **task.finish(model, log.out)}
         clouds.write_chart(log.out / "loss.svg", log.rows)
-        if metric:
+        if metric and log.rows:
             best = max([row for row in log.rows if metric in row], key=lambda row: row[metric])
             metrics.update({f"best_{metric}": best[metric], "best_epoch": best["epoch"]})
         close(log, **metrics)
@@ -521,8 +528,8 @@ def predict(config, device):
     names = getattr(c, "class_names", [])
     for path in config.predict:  # links are followed
         below = map(Path, sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True)))
-        found = [file for file in below if file.suffix.lower() in clouds.READERS]
-        found = [file for file in found if file.suffix != ".txt" or clouds.holds_points(file)]
+        found = [file for file in below if file.suffix.lower() in clouds.READERS and
+                 (file.suffix.lower() != ".txt" or clouds.holds_points(file))]
         files += found or [Path(path)]
     Path(config.out).mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -570,7 +577,9 @@ def main(config):
     if config.checkpoint != "none":
         if not Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint}: no such --checkpoint; run train_student.py")
-        source = training.load(act.Student, config.checkpoint, "cpu")
+        source = act.load(config.checkpoint)
+        if isinstance(source, act.Teacher):
+            raise ValueError(f"{config.checkpoint}: expected a Student, got a Teacher")
 
     # -- data
     if config.task == "fewshot" and any(Path(config.data).glob("*way_*shot")):

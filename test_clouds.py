@@ -166,7 +166,7 @@ BROKEN = {  # file: (a word of the message, content)
     "no_z.ply": ("z", ply(XYZ).replace(b"double z", b"double w")), "scan.las": (".las", "LASF"),
     "huge.ply": ("", ply(XYZ, "binary_little_endian").replace(b"x 20", b"x 1111111111111")),
     "face.ply": ("20", ply(XYZ, faces=[(0, 1, 20)])), "absent.off": ("3", OFF + " 3\n"),
-    "cut.off": ("2", "OFF\n4 2 0\n0 0 0\n1 0 0\n"), "corner.off": ("area", OFF),
+    "cut.off": ("2", "OFF\n4 2 0\n0 0 0\n1 0 0\n"), "corner.off": ("corners", OFF),
     "vertex.off": ("", "OFF\n2 0 0\n0 0 0\n1 0\n"), "area.off": ("area", OFF + " 0\n"),
     "zero.obj": ("", OBJ + "0 1 2\n"), "vertex.obj": ("", "v 0 0 0\nv 1 0\n")}
 
@@ -623,3 +623,31 @@ def test_a_gallery_places_each_cloud_in_the_picture_and_in_the_ply(columns, line
     image, tile = decode_png("g.png"), clouds.render(points(), colors)
     assert image.shape == (lines * 326, (columns or 2) * 326, 3)
     assert (image[3:323, 329:649] == tile).all() and len(clouds.read_points("g.ply")) == 4 * 40
+
+def test_what_a_looser_reader_would_take_for_something_else(tmp_path):
+    xyz = np.random.default_rng(0).random((50, 3))
+    head = "ply\nformat ascii 1.0\nelement vertex 50\n{}\nend_header\n"
+    columns = "property float x\nproperty  float\ty\nproperty float z"
+    spaced, wide = tmp_path / "spaced.ply", tmp_path / "wide.ply"
+    rows = "\n".join(" ".join(map(str, row)) for row in xyz)
+    spaced.write_text(head.format(columns) + rows)
+    np.testing.assert_allclose(clouds.read_points(spaced), xyz)
+    wide.write_text(head.format(columns) + rows.replace("\n", " 1 2\n"))
+    with pytest.raises(ValueError, match="wide.ply.*numbers"):
+        clouds.read_points(wide)
+    (tmp_path / "own" / "train").mkdir(parents=True)
+    np.save(tmp_path / "own" / "train" / "a.npy", xyz)
+    with pytest.raises(ValueError, match="train and test"):
+        clouds.open_dataset(tmp_path / "own")
+    np.save(tmp_path / "Area_1_office_1.npy", xyz)  # a file is a cloud, whatever its name
+    assert len(clouds.open_dataset(tmp_path / "Area_1_office_1.npy").train) == 1
+    named = tmp_path / "ShapeNet-55"
+    named.mkdir()
+    for i in range(5):
+        np.save(named / f"{i}.npy", xyz)
+    assert clouds.open_dataset(named).everything is None  # the test clouds stay held out
+    (named / "gone.npy").symlink_to(tmp_path / "nowhere.npy")
+    (named / "bad.npy").write_text("no array")
+    with pytest.raises(ValueError) as error:
+        clouds.open_dataset(named)
+    assert "bad.npy" in str(error.value) and "gone.npy" in str(error.value)

@@ -6,7 +6,8 @@
     python train_student.py --data ShapeNet55 --size base                      # as published
     torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base # on eight GPUs
 
-Leaves last.pt, metrics.jsonl, config.json, loss.svg, reconstruction and features (.png, .ply)."""
+Leaves last.pt, metrics.jsonl, config.json, loss.svg, features and reconstruction (.png, .ply); of
+codes no reconstruction."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -79,10 +80,12 @@ def build_student(config, teacher, normalized, device):
     sizes = replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
     torch.manual_seed(config.seed)
     student = act.Student(sizes).to(device)
-    if config.init:  # all but a head of another width
-        own, state = student.state_dict(), source.state_dict()
-        new = [] if dim == source.config.target_dim else ["head.weight", "head.bias"]
-        act.load_exactly(student, {**state, **{name: own[name] for name in new}}, config.init)
+    if config.init:  # its encoder, and what else fits
+        own, given = student.state_dict(), source.state_dict()
+        new = [name for name in own if name not in given or own[name].shape != given[name].shape]
+        if any(name.startswith("encoder.") for name in [*new, *(given.keys() - own.keys())]):
+            raise ValueError(f"{config.init}: expected its encoder, got --set {config.set}")
+        student.load_state_dict({name: (own if name in new else given)[name] for name in own})
         print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
     return student
 

@@ -107,7 +107,7 @@ def start_codes(teacher, train, config, device):
 
 def information(logits):
     """Mutual information of patch and code in nats, (B, G, codes) -> scalar: the entropy of the
-    codes' mean probabilities over all patches of a batch, less the mean entropy of a patch's."""
+    codes' mean probabilities over all patches of a share, less the mean entropy of a patch's."""
     log_q = logits.float().flatten(0, 1).log_softmax(dim=-1)
     mean = log_q.exp().mean(dim=0)
     gain = (log_q.exp() * log_q).sum(dim=-1).mean()
@@ -223,7 +223,7 @@ def main(config):
         print(f"reconstruction of {count} test clouds, {title}: "
               f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained")
     worse = 100 * (other / after["cd_l1"] - 1)
-    warning = "; warning: the decoder ignores the codes" if worse < 2 and count > 1 else ""
+    warning = "; warning: the decoder ignores the codes" if worse < 2 and count >= 32 else ""
     print(f"CD-L1 with the codes of another cloud: {worse:.1f} % worse{warning}")
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def run_script(main, config_class, description):
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        message, code = f"interrupted; --resume continues after epoch {Log.saved}", 130
+        message, code = "interrupted", 130
+        if Log.saved:
+            message += f"; --resume continues after epoch {Log.saved}"
     print(" ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -116,7 +118,8 @@ def setup(config, defaults):
     size, precision = "tiny", "bf16" if bf16 else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        size, precision = "base", "bf16"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        size, precision = "base", "bf16" if native else "fp32"
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:  # only the first prints
@@ -189,14 +192,14 @@ def set_lr(optimizer, step, config, end, warmup, start=1e-6):
 def adamw(model, lr, weight_decay, slow=()):
     """AdamW as published: no decay on 1-D parameters (biases, too) and names holding "token". Names
     that begin with a string of `slow` learn at a tenth of the rate."""
-    groups = {}
+    groups = {(weight_decay, 1.0): [], (0.0, 1.0): []}  # in this order in every checkpoint
     for name, p in model.named_parameters():
         if p.requires_grad:
             decay = 0.0 if p.ndim <= 1 or "token" in name else weight_decay
             kind = decay, 0.1 if name.startswith(slow) else 1.0
             groups.setdefault(kind, []).append(p)
     groups = [dict(params=params, weight_decay=decay, scale=scale)
-              for (decay, scale), params in groups.items()]
+              for (decay, scale), params in groups.items() if params]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 class SyncBatchNorm(torch.nn.SyncBatchNorm):
@@ -236,6 +239,7 @@ class Log:
                           settings={**asdict(config), "clouds": clouds}, processes=WORLD,
                           device=str(next(model.parameters()).device),
                           versions=f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+        Log.saved = 0
         self.out.mkdir(parents=True, exist_ok=True)
         if RANK == 0 and os.name == "posix":
             import fcntl
@@ -260,13 +264,15 @@ class Log:
 
     def resume(self, path, steps_per_epoch):
         self.state = state = act.read_tensors(path)
-        then, now = state.get("settings", {"steps": 0}), self.about["settings"]
+        if not isinstance(state, dict) or "settings" not in state:
+            raise ValueError(f"{path}: expected a run's checkpoint, got {str([*state])[:80]}")
+        then, now = state["settings"], self.about["settings"]
         free = self.free | {"steps"} if now["steps"] > then["steps"] else self.free
         changed = [f"{name} was {value!r}, is {now.get(name)!r}" for name, value in then.items()
                    if value != now.get(name) and name not in free]
         if changed:
             raise ValueError(f"{path}: expected the same settings, got: {'; '.join(changed)}")
-        act.load_exactly(self.model, state.get("model", {}), path)
+        act.load_exactly(self.model, state["model"], path)
         torch.set_rng_state(state["random"])
         self.rows, self.step = state["log"], state["step"]
         self.epoch = Log.saved = self.step // steps_per_epoch
