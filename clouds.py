@@ -68,6 +68,17 @@ def _naming(path):
         named = message.startswith((f"{path}:", f"{path}{os.sep}"))
         raise ValueError(message if named else f"{path}: {message}") from error
 
+@contextmanager
+def _atomic(path):
+    """A binary file that becomes `path` once complete; a failure leaves `path` as it was."""
+    part = Path(f"{path}-{os.urandom(4).hex()}.tmp")
+    try:
+        with open(part, "xb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
 def _read_numpy(path):
     loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(loaded, np.ndarray):
@@ -206,13 +217,14 @@ def read_points(path):
         normalize(points)  # raises if all are equal
         return sample_mesh(points, faces, MESH_POINTS) if len(faces) else points
 
-def _read_labelled(path, count=256):
-    """Rows x y z ... label of a .npy or a text -> xyz (n, 3) float64, labels (n,) uint8 < count."""
+def _read_labelled(path, first=0, last=256):
+    """Rows x y z ... label of a .npy or a text -> xyz (n, 3) float64, labels (n,) uint8, from first
+    to last - 1."""
     with _naming(path):
         rows, _ = _read_numpy(path) if path.suffix.lower() == ".npy" else _read_text(path, None)
         xyz, labels = _coordinates(rows), np.asarray(rows[:, -1])
-        fits = rows.shape[1] > 3 and np.isin(labels, np.arange(count)).all()
-        _expect(fits, f"a last column of labels 0 to {count - 1}", labels[:5])
+        fits = rows.shape[1] > 3 and np.isin(labels, np.arange(first, last)).all()
+        _expect(fits, f"a last column of labels {first} to {last - 1}", np.unique(labels)[:9])
         return xyz, labels.astype(np.uint8)
 
 def farthest_points(xyz, num):
@@ -236,11 +248,6 @@ def read_cloud(path, points=1024, normalized=True):
         return xyz
     return scaled(xyz[farthest_points(xyz, points)])
 
-def _write(path, data):  # whole or not at all
-    part = Path(f"{path}.tmp")
-    part.write_bytes(data)
-    os.replace(part, path)
-
 def write_ply(path, xyz, colors=None, edges=None):
     """xyz (N, 3), colors (N, 3) uint8, edges (E, 2) vertex indices -> a binary .ply."""
     head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}\n"
@@ -251,7 +258,8 @@ def write_ply(path, xyz, colors=None, edges=None):
         rows = np.hstack([rows, np.asarray(colors, np.uint8)])
     edges = np.zeros((0, 2)) if edges is None else edges
     head += f"element edge {len(edges)}\nproperty int vertex1\nproperty int vertex2\nend_header\n"
-    _write(path, head.encode() + rows.tobytes() + np.asarray(edges, "<i4").tobytes())
+    with _atomic(path) as file:
+        file.write(head.encode() + rows.tobytes() + np.asarray(edges, "<i4").tobytes())
 
 # -- Many clouds ----------------------------------------------------------------------------------
 Dataset = namedtuple("Dataset", "name train test everything notes", defaults=(None, ()))
@@ -393,28 +401,26 @@ def _cached(root, names, cache, read, columns):
     size = path.stat().st_size if path.is_file() else 0
     if size < 32 or np.fromfile(path, np.uint8, offset=size - 32).tobytes() != state:
         print(f"reading {len(names)} clouds into {path}, once", file=sys.stderr)
-        part, offsets, broken = Path(f"{path}-{os.urandom(4).hex()}.tmp"), [0], []
-        try:
-            with open(part, "xb") as file:
-                for name in names:
-                    try:
-                        rows = read(root / name).astype(np.float32)
-                        offsets.append(offsets[-1] + file.write(rows.tobytes()) // (4 * columns))
-                    except ValueError as error:
-                        broken.append(str(error))
-                file.write(np.array(offsets, np.int64).tobytes() + state)
+        offsets, broken = [0], []
+        with _atomic(path) as file:
+            for name in names:
+                try:
+                    rows = read(root / name).astype(np.float32)
+                    offsets.append(offsets[-1] + file.write(rows.tobytes()) // (4 * columns))
+                except ValueError as error:
+                    broken.append(str(error))
             if broken:
                 raise ValueError("; ".join(broken))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            file.write(np.array(offsets, np.int64).tobytes() + state)
     data = np.memmap(path, np.uint8, "c")  # private to this process, and writable for torch
     rows, offsets, _ = np.split(data, [len(data) - 40 - 8 * len(names), len(data) - 32])
     rows, offsets = rows.view(np.float32).reshape(-1, columns), np.array(offsets).view(np.int64)
     return torch.from_numpy(rows), torch.from_numpy(offsets)
 
-def _open_files(name, root, entries, cache, notes=(), classes=None, read=None, columns=3):
-    """Dataset of the files [(0 train or 1 test, file, class or None)] below `root`."""
+def _open_files(name, root, entries, cache, notes=(), classes=None, read=None, columns=3,
+                together=False):
+    """Dataset of the files [(0 train or 1 test, file, class or None)] below `root`; `together`:
+    with everything, of which stage II takes both lists."""
     splits, files, labels = zip(*sorted(entries))  # each split becomes a run of the mapped rows
     train, count = splits.count(0), len(files)
     _expect(0 < train < count or count == 1, "clouds to train and test on", f"{train} of {count}")
@@ -435,8 +441,7 @@ def _open_files(name, root, entries, cache, notes=(), classes=None, read=None, c
     splits = clouds, clouds
     if count > 1:
         splits = clouds.select(range(train)), clouds.select(range(train, count))
-    everything = clouds if root.name == "shapenet_pc" else None  # pretrained on both of its lists
-    return Dataset(name, *splits, everything, list(notes))
+    return Dataset(name, *splits, clouds if together else None, list(notes))
 
 # -- Published data sets --------------------------------------------------------------------------
 class _PickledType:
@@ -492,7 +497,7 @@ def _listed(root, pattern):  # (0, name) of each in the list of training clouds,
 def _open_shapenet(root, cache, **_):
     lists = root / "ShapeNet-55" if (root / "ShapeNet-55").is_dir() else root
     entries = [(split, name, name.split("-")[0]) for split, name in _listed(lists, "{}.txt")]
-    return _open_files("ShapeNet-55", root / "shapenet_pc", entries, cache)
+    return _open_files("ShapeNet-55", root / "shapenet_pc", entries, cache, together=True)
 
 def _open_modelnet(root, cache, **_):  # two .dat, or a text for each cloud and their names' lists
     names, entries = root / "modelnet40_shape_names.txt", []
@@ -526,9 +531,9 @@ def _open_h5(path, variant, **_):
     name = f"ScanObjectNN ({found[0].stem})" if is_scan else path.stem
     return _from_arrays(name, sources, SCAN_CLASSES if is_scan else None, not is_scan)
 
-def _read_parts(path, count=256):  # as a cache stores it: as read_cloud, labels as fourth column
+def _read_parts(path, *limits):  # as a cache stores it: as read_cloud, labels as fourth column
     with _naming(path):
-        xyz, labels = map(_thin, _read_labelled(path, count))
+        xyz, labels = map(_thin, _read_labelled(path, *limits))
         return np.column_stack([normalize(xyz), labels])
 
 def _open_shapenet_part(root, cache, **_):  # train and val are for training
@@ -543,11 +548,7 @@ def _open_shapenet_part(root, cache, **_):  # train and val are for training
                 entries.append((int(split == "test"), f"{synset}/{model}.txt", categories[synset]))
 
     def read(path):
-        rows, parts = _read_parts(path, 50), SHAPENET_PARTS[categories[path.parent.name]]
-        with _naming(path):
-            known = np.isin(rows[:, 3], np.arange(*parts)).all()
-            _expect(known, f"labels {parts[0]} to {parts[1] - 1}", np.unique(rows[:, 3])[:9])
-        return rows
+        return _read_parts(path, *SHAPENET_PARTS[categories[path.parent.name]])
 
     return _open_files("ShapeNetPart", root, entries, cache, (), words[::2], read, columns=4)
 
@@ -574,8 +575,8 @@ def open_parts(data, cache=None):
         name = root.absolute().name
         return _open_files(name, root, entries, cache, notes, None, _read_parts, columns=4)
 
-def _read_room(path, area, count=256):
-    xyz, labels = _read_labelled(path, count)
+def _read_room(path, area, *limits):
+    xyz, labels = _read_labelled(path, *limits)
     return Room(path.stem, area, (xyz - xyz.min(0)).astype(np.float32), labels)
 
 def open_rooms(data, area=5, density=1200.0):
@@ -590,7 +591,7 @@ def open_rooms(data, area=5, density=1200.0):
         elif any(root.glob("Area_[0-9]*")):
             name, classes = "S3DIS", S3DIS_CLASSES
             files = sorted(root.glob("Area_[0-9]*_*.npy"))  # made by collect_indoor3d_data.py
-            rooms = [_read_room(file, int(file.stem.split("_")[1]), 13) for file in files]
+            rooms = [_read_room(file, int(file.stem.split("_")[1]), 0, 13) for file in files]
         else:
             name, area = root.absolute().name, 1
             entries, notes = _list_clouds(root, labelled=True)
@@ -851,7 +852,8 @@ def write_png(path, image):
     png = b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
         png += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-    _write(path, png)
+    with _atomic(path) as file:
+        file.write(png)
 
 def render(xyz, colors=None, size=320):
     """A cloud (N, 3) as discs on white, the nearer before the farther and paler ones, y up, from

@@ -407,6 +407,7 @@ def fit(config, task, source, device):
     net = training.parallel(model, config)
     warmup = 10 * (count // config.batch_size)  # ten epochs
     metric = dict(classify="accuracy", parts="instance_miou").get(config.task)  # of every epoch
+    metrics = {}
 
     # -- loop
     for epoch in range(log.epoch, config.epochs):
@@ -425,10 +426,12 @@ def fit(config, task, source, device):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10)  # as published
             optimizer.step()
             log.add(loss=loss, grad_norm=grad_norm, lr=lr)
-        log.end_epoch(optimizer, task.evaluate(model) if metric and RANK == 0 else {})
+        metrics = task.evaluate(model) if metric and RANK == 0 else {}
+        log.end_epoch(optimizer, metrics)
 
     if RANK == 0:
-        metrics = {**task.evaluate(model), **task.finish(model, log.out)}
+        metrics = metrics or task.evaluate(model)  # the last epoch's, where there was one
+        metrics = {**metrics, **task.finish(model, log.out)}
         clouds.write_chart(log.out / "loss.svg", log.rows)
         if metric and log.rows:
             best = max([row for row in log.rows if metric in row], key=lambda row: row[metric])
@@ -491,10 +494,9 @@ def write_legend(path, c):
     write_csv(path, [("colour", "name"), *rows])
     return names, colors
 
-def label_file(config, model, path):
+def label_file(config, model, path, names, colors):
     """Writes a cloud and its points' labels as .npz and coloured .ply -> the shares of labels."""
     c, xyz, category = model.config, clouds.read_points(path), None
-    names, colors = write_legend(Path(config.out, "labels.csv"), c)
     if c.num_categories:
         name = config.category or path.resolve().parent.name
         if name not in c.class_names:
@@ -512,11 +514,9 @@ def label_file(config, model, path):
 def predict(config, device):
     """--predict: a table and predictions.csv of classes, or each cloud with its labels; --features.
     A file that cannot be read is named and left out; then the exit code is 2."""
-    model, files, rows, failed = act.load(config.checkpoint, device), [], [], 0
+    kinds = act.Classifier, act.Student if config.features else act.Segmenter
+    model, files, rows, failed = training.load(kinds, config.checkpoint, device), [], [], 0
     c, kind = model.config, type(model).__name__
-    expected = "Student or Classifier" if config.features else "Classifier or Segmenter"
-    if kind not in expected:
-        raise ValueError(f"{config.checkpoint}: expected a {expected}, got a {kind}")
     if config.points:  # with as many points to a patch
         vars(c).update(encoder_sizes(config, model))
     if kind == "Classifier" and not c.class_names:  # official files do not name them
@@ -532,10 +532,11 @@ def predict(config, device):
                  (file.suffix.lower() != ".txt" or clouds.holds_points(file))]
         files += found or [Path(path)]
     Path(config.out).mkdir(parents=True, exist_ok=True)
+    legend = write_legend(Path(config.out, "labels.csv"), c) if kind == "Segmenter" else ()
     for file in files:
         try:
             if kind == "Segmenter":
-                shown = label_file(config, model, file)
+                shown = label_file(config, model, file, *legend)
             else:
                 xyz = clouds.read_cloud(file, c.points, c.normalized)
                 least, count = max(c.num_group, c.group_size), len(np.unique(xyz, axis=0))
@@ -577,9 +578,8 @@ def main(config):
     if config.checkpoint != "none":
         if not Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint}: no such --checkpoint; run train_student.py")
-        source = act.load(config.checkpoint)
-        if isinstance(source, act.Teacher):
-            raise ValueError(f"{config.checkpoint}: expected a Student, got a Teacher")
+        kinds = act.Student, act.Classifier, act.Segmenter
+        source = training.load(kinds, config.checkpoint, "cpu")
 
     # -- data
     if config.task == "fewshot" and any(Path(config.data).glob("*way_*shot")):
