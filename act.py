@@ -61,11 +61,11 @@ def farthest_point_sample(xyz, num_samples, generator=None):
         first = torch.randint(N, (B, 1), generator=generator, device=generator.device)
     idx = [first.to(xyz.device)]
     nearest = torch.full_like(planes[0], float("inf"))  # squared distance to the chosen points
-    diff = torch.empty_like(planes)  # one buffer: fresh pages cost as much as the arithmetic
+    x, y, z = diff = torch.empty_like(planes)  # one buffer: fresh pages cost as much as arithmetic
     while len(idx) < num_samples:
         torch.sub(planes, planes.gather(2, idx[-1].expand(3, B, 1)), out=diff)
         diff *= diff
-        torch.minimum(nearest, diff[0].add_(diff[1]).add_(diff[2]), out=nearest)  # (B, N)
+        torch.minimum(nearest, x.add_(y).add_(z), out=nearest)  # (B, N)
         idx.append(nearest.max(dim=1, keepdim=True).indices)  # the first of equal maxima
     return torch.cat(idx, dim=1)
 
@@ -97,8 +97,8 @@ def knn(query, xyz, k):
         elif dtype == torch.float64 or torch.jit.is_tracing():  # no packed key there
             value, order = value.sort(dim=-1, stable=True)
         else:  # one integer: the bits of a float32 >= 0 sort as its value, the index breaks ties
-            key = value.view(torch.int32).long() << 32 | torch.arange(N, device=xyz.device)
-            key = key.topk(k, dim=-1, largest=False).values
+            key = value.view(torch.int32).long().bitwise_left_shift_(32)
+            key = key.bitwise_or_(torch.arange(N, device=xyz.device)).topk(k, largest=False).values
             value, order = (key >> 32).int().view(torch.float32), key & 0xFFFFFFFF
         sqdist[:, part], idx[:, part] = value[..., :k], order[..., :k]
     return sqdist, idx
