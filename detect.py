@@ -368,7 +368,7 @@ def main(config):
     augment = "quarters" if config.data == "synthetic" else "published"
     data = synthetic_scenes(config.points) if augment == "quarters" else open_scans(config.data)
     config, path = training.plan(config, len(data.train)), config.checkpoint
-    source = None if path == "none" else training.load(act.Student, path, "cpu")
+    source = None if path == "none" else training.load(path, "cpu", act.Student)
     c = source.config if source else act.EncoderConfig(**training.SIZES[config.size]["encoder"])
     torch.manual_seed(config.seed)  # the decoder does not depend on where the encoder comes from
     model = Detector(DetectorConfig(

@@ -515,7 +515,7 @@ def predict(config, device):
     """--predict: a table and predictions.csv of classes, or each cloud with its labels; --features.
     A file that cannot be read is named and left out; then the exit code is 2."""
     kinds = act.Classifier, act.Student if config.features else act.Segmenter
-    model, files, rows, failed = training.load(kinds, config.checkpoint, device), [], [], 0
+    model, files, rows, failed = training.load(config.checkpoint, device, *kinds), [], [], 0
     c, kind = model.config, type(model).__name__
     if config.points:  # with as many points to a patch
         vars(c).update(encoder_sizes(config, model))
@@ -579,7 +579,7 @@ def main(config):
         if not Path(config.checkpoint).exists():
             raise ValueError(f"{config.checkpoint}: no such --checkpoint; run train_student.py")
         kinds = act.Student, act.Classifier, act.Segmenter
-        source = training.load(kinds, config.checkpoint, "cpu")
+        source = training.load(config.checkpoint, "cpu", *kinds)
 
     # -- data
     if config.task == "fewshot" and any(Path(config.data).glob("*way_*shot")):

@@ -49,7 +49,7 @@ class Target:
         if config.target != "coordinates":
             if not Path(config.teacher).is_file():
                 raise ValueError(f"{config.teacher}: no such --teacher; run train_teacher.py first")
-            self.teacher = training.load(act.Teacher, config.teacher, device).requires_grad_(False)
+            self.teacher = training.load(config.teacher, device, act.Teacher).requires_grad_(False)
             prompts = self.teacher.prompt_keys_values()
             self.features = lambda *patches: self.teacher.features(*patches, prompts)  # (B, G, D)
 
@@ -69,7 +69,7 @@ def build_student(config, teacher, normalized, device):
     """By --size, or as the student of --init, and --set; patches and target as the teacher's."""
     sizes, names = act.StudentConfig(**training.SIZES[config.size]["encoder"]), SET
     if config.init:
-        source = training.load(act.Student, config.init, device)
+        source = training.load(config.init, device, act.Student)
         sizes = source.config
     if teacher:
         patches = dict(num_group=teacher.config.num_group, group_size=teacher.config.group_size)

@@ -66,7 +66,7 @@ def build_teacher(config, device):
     if config.init:
         if config.set or config.weights != "auto" or config.prompt != "deep":
             raise ValueError("--init: expected no --set, --weights or --prompt, it has its own")
-        return training.load(act.Teacher, config.init, device)
+        return training.load(config.init, device, act.Teacher)
     size = training.SIZES[config.size]
     backbone, weights = open_backbone(config, *size["backbone"])
     sizes = act.TeacherConfig(**size["teacher"], prompt=config.prompt, weights=weights)

@@ -152,11 +152,11 @@ def place(config, num_group, device, *splits):
     fit = device.type == "cuda" and splits[0].points.nbytes < torch.cuda.mem_get_info()[0] / 4
     return [clouds.to(device) if fit else clouds for clouds in splits]
 
-def load(kinds, path, device):
-    """The model in the checkpoint `path`, which must be of the class, or one of those, `kinds`."""
+def load(path, device, *kinds):
+    """The model in the checkpoint `path`, which must be of one of the classes `kinds`."""
     model = act.load(path, device)
     if not isinstance(model, kinds):
-        expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else [kinds]))
+        expected = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{path}: expected a {expected}, got a {type(model).__name__}")
     return model
 
