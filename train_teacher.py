@@ -22,7 +22,7 @@ from training import flag
 # -- config ---------------------------------------------------------------------------------------
 DEFAULTS = {  # base is the published run
     "tiny": dict(epochs=6, batch_size=4, lr=1e-3, log_every=100, codes="information"),
-    "small": dict(epochs=50, batch_size=64, lr=5e-4, codes="kl"),
+    "small": dict(epochs=50, batch_size=64, lr=5e-4, codes="information"),
     "base": dict(epochs=300, batch_size=64, lr=5e-4, codes="kl")}
 INFORMATION = 0.02  # weight of the mutual information of patch and code
 PUBLISHED_STEPS = 196_500  # 300 epochs of 41,952 clouds in batches of 64
@@ -34,7 +34,7 @@ class Config(training.RunConfig):
     weight_decay: float = flag(5e-4, "AdamW's weight decay", 5e-4)
     weights: str = flag("auto", "the backbone: auto (public weights if they can be had), random, a "
                         "NAME of act.pretrained_names() or the PATH of a weight file", "ViT-B")
-    codes: str = flag(None, "the term for varied codes (default: information in size tiny)", "kl",
+    codes: str = flag(None, "the term for varied codes (default: information but for base)", "kl",
                       str, ("kl", "information"))
     prompt: str = flag("deep", "prompt tuning", "deep", choices=("deep", "shallow", "none"))
     init: str = flag("", "start from the teacher in this checkpoint, ours or the official one")
