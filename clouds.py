@@ -223,9 +223,10 @@ def _read_labelled(path, first=0, last=256):
     with _naming(path):
         rows, _ = _read_numpy(path) if path.suffix.lower() == ".npy" else _read_text(path, None)
         xyz, labels = _coordinates(rows), np.asarray(rows[:, -1])
-        known = np.isin(labels, np.arange(first, last))
-        fits = rows.shape[1] > 3 and known.all()
-        _expect(fits, f"a last column of labels {first} to {last - 1}", labels[~known][:9])
+        given = rows.shape[1] > 3  # else the last column is a coordinate
+        fits = given & np.isin(labels, np.arange(first, last))
+        wanted = f"a last column of labels {first} to {last - 1}"
+        _expect(given and fits.all(), wanted, labels[~fits][:9])
         return xyz, labels.astype(np.uint8)
 
 def farthest_points(xyz, num):

@@ -501,6 +501,12 @@ def test_own_labelled_clouds_are_parts_or_rooms():
         np.testing.assert_allclose(rooms.test[0].xyz, xyz - xyz.min(0), atol=1e-5)
         write("set/classes.txt", "\n".join(given))
 
+@pytest.mark.parametrize("column, found", [([], r"\[2\. 2\. 2"), ([0, 1, 9, 300], r"\[300\.\]")])
+def test_a_last_column_without_labels_is_shown(column, found):  # flat clouds: z could be labels
+    write("set/a.txt", np.column_stack([np.eye(4, 2), np.full(4, 2), *[column] * bool(column)]))
+    with pytest.raises(ValueError, match="labels 0 to 255, got " + found):
+        clouds.open_parts("set")
+
 def test_synthetic_shapes_are_labelled_normalized_and_seeded_one_by_one():
     shapes = clouds.synthetic_clouds(2, seed=0, num_points=128)
     assert len(shapes.classes) >= 20 and shapes.names[1:3] == ["sphere_0_0001", "ellipsoid_0_0000"]
