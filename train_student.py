@@ -1,225 +1,319 @@
-"""Stage II (Sec. 4.2): a student predicts the teacher's features of masked patches from the rest.
+"""Stage II (Sec. 4.2): a student predicts the teacher's features of masked patches.
 
-    python train_student.py                         # after train_teacher.py, minutes on two cores
-    python train_student.py --target coordinates    # Point-MAE, all else equal; no teacher
-    python train_student.py --data my_clouds --size base --init official.pth   # from its weights
-    python train_student.py --data ShapeNet55 --size base                      # as published
-    torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base # on eight GPUs
+    python train_student.py  # after train_teacher.py, minutes on two cores
+    python train_student.py --target coordinates  # Point-MAE, all else equal; no teacher
+    python train_student.py --data my_clouds --size base --init official.pth
+    python train_student.py --data ShapeNet55 --size base  # as published
+    torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base  # on eight GPUs
 
-Leaves last.pt, metrics.jsonl, config.json, loss.svg, features and reconstruction (.png, .ply); of
-codes no reconstruction."""
+Leaves last.pt, metrics.jsonl, loss.svg, features and reconstruction in --out.
+"""
 
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import act
-import clouds
-import training
-from training import RANK, WORLD, flag
+from util import clouds, datasets, metrics, pictures, run
+from util.run import flag
 
 # -- config ---------------------------------------------------------------------------------------
-DEFAULTS = {  # base is the published run
+PRESETS = {  # base is the published run
     "tiny": dict(epochs=14, batch_size=16, lr=1e-3, mask_ratio=0.6, log_every=50),
     "small": dict(epochs=50, batch_size=128, lr=1e-3, mask_ratio=0.8),
-    "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8)}
-MASKS = {"random": act.random_mask, "block": act.block_mask}
-SET = [f.name for f in fields(act.StudentConfig) if type(f.default) in (int, float)
-       and f.name not in ("points", "target_dim")]
+    "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8),
+}
+SET = "num_group group_size width depth num_heads encoder_dims drop_path decoder_depth".split()
+
 
 @dataclass
-class Config(training.RunConfig):
-    out: str = flag("runs/student", "folder of the checkpoint, log, configuration and pictures")
+class Config(run.RunConfig):
+    out: str = flag("runs/student", "folder of the results")
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05)
-    teacher: str = flag("runs/teacher/last.pt", "the teacher's checkpoint, our or official")
+    teacher: str = flag("runs/teacher/last.pt", "the teacher, ours or official")
     target: str = flag("teacher", "what is predicted", choices=("teacher", "coordinates", "codes"))
     loss: str = flag(None, "default: cosine", "cosine", str, ("cosine", "smooth_l1", "l2"))
     mask_ratio: float = flag(None, "share of masked patches", 0.8, float)
-    mask: str = flag("random", "random patches, or a block", "random", choices=tuple(MASKS))
-    init: str = flag("", "a checkpoint to take weights from: our, official or Point-MAE's student")
-    set: list = flag((), f"NAME=VALUE of the student's {', '.join(SET)}", kind=str)
+    mask: str = flag("random", "random patches or a block", "random", choices=("random", "block"))
+    init: str = flag("", "a student to start from: ours, official or Point-MAE's")
+    set: list = flag((), f"NAME=VALUE of the student's {', '.join(SET)}")
 
-class Target:
-    """What the student predicts. The teacher is fixed, so its prompts are computed once."""
-    def __init__(self, config, device):
-        self.config, self.teacher = config, None
-        if config.target != "coordinates":
-            if not Path(config.teacher).is_file():
-                raise ValueError(f"{config.teacher}: no such --teacher; run train_teacher.py first")
-            self.teacher = training.load(config.teacher, device, act.Teacher).requires_grad_(False)
-            prompts = self.teacher.prompt_keys_values()
-            self.features = lambda *patches: self.teacher.features(*patches, prompts)  # (B, G, D)
 
-    def loss(self, prediction, neighborhood, center, masked):
-        """prediction: (B, M, D) at the groups `masked` (B, M) -> scalar."""
-        if self.config.target == "coordinates":  # Point-MAE: CD-L2 of the masked patches
-            patch = act.gather_points(neighborhood.flatten(2), masked)  # (B, M, 3 S)
-            patch, points = (t.reshape(-1, t.shape[2] // 3, 3) for t in (patch, prediction.float()))
-            return act.chamfer_distance(points, patch, norm=2)
-        if self.config.target == "codes":  # as BEiT and Point-BERT
-            codes = self.teacher.tokenize(neighborhood, center).gather(1, masked)
-            return F.cross_entropy(prediction.float().flatten(0, 1), codes.flatten())
-        features = act.gather_points(self.features(neighborhood, center), masked)
-        return act.distillation_loss(prediction, features, self.config.loss)
+# -- target: what is predicted of the masked patches, one function each ---------------------------
+class FixedTeacher:
+    """The teacher, never trained here: its prompts are computed once for a run."""
+
+    def __init__(self, path, device):
+        if not Path(path).is_file():
+            raise act.UserError(f"{path}: no such --teacher; run train_teacher.py first")
+        self.model = run.load_model(path, device, act.Teacher).requires_grad_(False)
+        self.prompts = self.model.prompt_keys_values()
+
+    def features(self, neighborhood, center):
+        """(B, G, S, 3), (B, G, 3) -> (B, G, D)."""
+        return self.model.features(neighborhood, center, self.prompts)
+
+
+def features_loss(prediction, neighborhood, center, masked, teacher, kind):
+    """As published: the teacher's features; prediction (B, M, D) of masked (B, M)."""
+    features = act.gather_points(teacher.features(neighborhood, center), masked)
+    return act.distillation_loss(prediction, features, kind)
+
+
+def codes_loss(prediction, neighborhood, center, masked, teacher, kind):
+    """As BEiT and Point-BERT: cross-entropy with the codes, D = their number."""
+    codes = teacher.model.tokenize(neighborhood, center).gather(1, masked)
+    return F.cross_entropy(prediction.float().flatten(0, 1), codes.flatten())
+
+
+def coordinates_loss(prediction, neighborhood, center, masked, teacher, kind):
+    """As Point-MAE: CD-L2 of the masked patches' points, D = 3 S; no teacher."""
+    patch = act.gather_points(neighborhood.flatten(2), masked)  # (B, M, 3 S)
+    patch = patch.reshape(-1, patch.shape[2] // 3, 3)  # (B M, S, 3)
+    return act.chamfer_distance(prediction.float().reshape(patch.shape), patch, norm=2)
+
+
+TARGETS = {"teacher": features_loss, "codes": codes_loss, "coordinates": coordinates_loss}
+
+
+def draw_patches(xyz, config, c, step, share):
+    """Neighborhood, center, mask of a share of a batch; masks are drawn for the whole."""
+    generator = run.seeded("cpu", config.seed, "mask", step)
+    if config.mask == "random":  # depends on the shape (B, G) alone
+        mask = act.random_mask(xyz[:, : c.num_group], config.mask_ratio, generator)
+        neighborhood, center = act.group_points(xyz[share], c.num_group, c.group_size)
+        return neighborhood, center, mask[share]
+    neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
+    mask = act.block_mask(center, config.mask_ratio, generator)
+    return neighborhood[share], center[share], mask[share]
+
+
+# -- model ----------------------------------------------------------------------------------------
+def student_config(config, source, teacher, normalized):
+    """By --size, or as `source`, the model of --init, and --set; patches as the teacher's."""
+    sizes = act.StudentConfig(**run.ENCODER_SIZES[config.size])
+    if source is not None:
+        sizes = source.config
+    names = SET
+    if teacher is not None:
+        c = teacher.model.config
+        sizes = replace(sizes, num_group=c.num_group, group_size=c.group_size)
+        names = SET[2:]  # not the patches
+    sizes = run.override(sizes, config.set, names)
+    dim = 3 * sizes.group_size  # what is predicted of a masked patch
+    if config.target == "codes":
+        dim = len(teacher.model.codebook)
+    elif config.target == "teacher":
+        dim = teacher.model.config.decoder_dims
+    return replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
+
+
+def load_matching(student, source, config):
+    """Gives the student the encoder of `source` and all else of it that fits."""
+    state = student.state_dict()
+    given = source.state_dict()
+    new = []
+    for name, value in state.items():
+        if name in given and given[name].shape == value.shape:
+            state[name] = given[name]
+        else:
+            new.append(name)
+    unfit = new + list(given.keys() - state.keys())
+    if any(name.startswith("encoder.") for name in unfit):
+        raise act.UserError(f"{config.init}: expected its encoder, got --set {config.set}")
+    student.load_state_dict(state)
+    print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
+
 
 def build_student(config, teacher, normalized, device):
-    """By --size, or as the student of --init, and --set; patches and target as the teacher's."""
-    sizes, names = act.StudentConfig(**training.SIZES[config.size]["encoder"]), SET
+    """A new student, with the weights of --init if given."""
+    source = None
     if config.init:
-        source = training.load(config.init, device, act.Student)
-        sizes = source.config
-    if teacher:
-        patches = dict(num_group=teacher.config.num_group, group_size=teacher.config.group_size)
-        sizes, names = replace(sizes, **patches), [name for name in SET if name not in patches]
-    sizes = training.override(sizes, config.set, names)
-    dim = teacher.config.decoder_dims if teacher else 3 * sizes.group_size
-    dim = len(teacher.codebook) if config.target == "codes" else dim
-    sizes = replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
+        source = run.load_model(config.init, device, act.Student)
+    sizes = student_config(config, source, teacher, normalized)
     torch.manual_seed(config.seed)
     student = act.Student(sizes).to(device)
-    if config.init:  # its encoder, and what else fits
-        own, given = student.state_dict(), source.state_dict()
-        new = [name for name in own if name not in given or own[name].shape != given[name].shape]
-        if any(name.startswith("encoder.") for name in [*new, *(given.keys() - own.keys())]):
-            raise ValueError(f"{config.init}: expected its encoder, got --set {config.set}")
-        student.load_state_dict({name: (own if name in new else given)[name] for name in own})
-        print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
+    if source is not None:
+        load_matching(student, source, config)
     return student
+
 
 @torch.no_grad()
 def cosine_per_depth(student, test, config):
-    """Mean cosine between a cloud's tokens after each block: near 1 they have collapsed."""
-    generator = training.seeded(student.mask_token.device, config.seed, "depth")
+    """Mean cosine of a cloud's tokens after each block: near 1 they have collapsed."""
+    generator = run.seeded(student.mask_token.device, config.seed, "depth")
     xyz, _ = test.sample(torch.arange(min(len(test), 16)), config.points, generator)
     encoder = student.eval().encoder
-    tokens = encoder.layers(*encoder.group(xyz), range(1, student.config.depth + 1))
-    unit = [F.normalize(t[:, 1:].float(), dim=-1) for t in tokens]
-    return [round((u @ u.mT).mean().item(), 4) for u in unit]
+    neighborhood, center = encoder.group(xyz)
+    cosines = []
+    for tokens in encoder.layers(neighborhood, center, range(1, student.config.depth + 1)):
+        unit = F.normalize(tokens[:, 1:].float(), dim=-1)  # (B, G, C)
+        cosines.append(round((unit @ unit.mT).mean().item(), 4))
+    return cosines
+
 
 @torch.no_grad()
 def svm_features(student, split, config):
-    """Frozen features [class token ; max] and labels of up to 4000 clouds, evenly spread."""
-    device, features = student.mask_token.device, []
+    """Frozen features and labels of up to 4000 clouds, evenly spread."""
+    device = student.mask_token.device
     chosen = torch.linspace(0, len(split) - 1, min(len(split), 4000)).long()
+    features = []
     for i, indices in enumerate(chosen.split(64)):
-        generator = training.seeded(device, config.seed, "features", i)
+        generator = run.seeded(device, config.seed, "features", i)
         xyz, _ = split.sample(indices, config.points, generator)
         features.append(act.global_feature(student.eval().encode(xyz)))
-    return torch.cat(features), split.labels[chosen.to(split.labels.device)].to(device)
+    labels = split.labels[chosen.to(split.labels.device)]
+    return torch.cat(features), labels.to(device)
+
+
+def svm_accuracy(student, train, test, config):
+    """Percent of test clouds that a linear SVM on frozen features labels right."""
+    features, labels = svm_features(student, train, config)
+    test_features, test_labels = svm_features(student, test, config)
+    return metrics.svm_accuracy(features, labels, test_features, test_labels)[0]
+
 
 @torch.no_grad()
-def pictures(config, student, untrained, target, test, out):
-    """features: principal components of the patches' features, interpolated to the points;
-    reconstruction: visible patches, and with the predicted ones (codes have no such picture)."""
-    chosen = torch.arange(0, len(test), max(1, len(test) // 5))[:5]
-    generator = training.seeded(student.mask_token.device, config.seed, "picture")
-    xyz, _ = test.sample(chosen, config.points, generator)
+def write_features(student, untrained, teacher, xyz, path):
+    """Principal components of patches' features as colours of the points."""
     neighborhood, center = student.eval().encoder.group(xyz)
-    tokens = {"student": student.encode(xyz)[:, 1:], "untrained": untrained.encode(xyz)[:, 1:]}
-    if target.teacher:
-        tokens["teacher"] = target.features(neighborhood, center)
+    features = dict(student=student.encode(xyz)[:, 1:])
+    features["untrained"] = untrained.eval().encode(xyz)[:, 1:]
+    if teacher is not None:
+        features["teacher"] = teacher.features(neighborhood, center)
     arrays = xyz.cpu().numpy()
-    columns = [[(cloud, None) for cloud in arrays]]
-    for t in tokens.values():
-        of_points = act.interpolate(xyz, center, t.float()).cpu().numpy()  # (B, N, C)
-        columns.append(zip(arrays, clouds.pca_colors(list(of_points))))
-    clouds.write_gallery(out / "features", list(zip(*columns)))
-    names = ", ".join(test.names[i] for i in chosen)
-    print(f"features.png: input, {', '.join(tokens)}; rows: {names}")
-    if config.target == "codes":
-        return
-    generator = training.seeded("cpu", config.seed, "mask", -1)
-    mask = MASKS[config.mask](center, config.mask_ratio, generator)
+    rows = [[(array, None)] for array in arrays]
+    for tokens in features.values():
+        of_points = act.interpolate(xyz, center, tokens.float())  # (B, N, C)
+        colors = pictures.pca_colors(list(of_points.cpu().numpy()))
+        for i in range(len(rows)):
+            rows[i].append((arrays[i], colors[i]))
+    pictures.write_gallery(path, rows)
+    print(f"features.png: input, {', '.join(features)}")
+
+
+@torch.no_grad()
+def write_reconstruction(student, teacher, xyz, config, path):
+    """Input, visible patches, visible and predicted ones in two colours."""
+    neighborhood, center, mask = draw_patches(xyz, config, student.config, -1, slice(None))
     visible, masked = act.split_mask(mask, xyz.device)
-    prediction = student(neighborhood, center, mask).float()  # (B, M, D)
-    if target.teacher:  # points by way of its decoder
-        features = tokens["teacher"]
-        if config.loss == "cosine":  # which leaves the length open
-            prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
-        features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
-        prediction = act.gather_points(target.teacher.decoder(features)[1].flatten(2), masked)
+    prediction = student.eval()(neighborhood, center, mask).float()  # (B, M, D)
+    if teacher is not None:
+        prediction = decode(prediction, teacher, neighborhood, center, masked, config.loss)
     seen = act.gather_points(neighborhood.flatten(2), visible)  # (B, V, 3 S)
-    center = act.gather_points(center, torch.cat([visible, masked], dim=1))
-    parts = torch.cat([seen, prediction], dim=1).unflatten(2, (-1, 3)) + center[:, :, None]
-    parts, n = parts.flatten(1, 2).cpu().numpy(), seen[0].numel() // 3
-    colors = clouds.palette(2).repeat([n, parts.shape[1] - n], axis=0)
-    rows = [[(cloud, None), (p[:n], colors[:n]), (p, colors)] for cloud, p in zip(arrays, parts)]
-    clouds.write_gallery(out / "reconstruction", rows)
-    print("reconstruction.png: input, visible patches, visible and predicted; of the same clouds")
+    order = torch.cat([visible, masked], dim=1)
+    patches = torch.cat([seen, prediction], dim=1).unflatten(2, (-1, 3))  # (B, G, S, 3)
+    points = patches + act.gather_points(center, order)[:, :, None]
+    points = points.flatten(1, 2).cpu().numpy()  # (B, G S, 3)
+    n = seen[0].numel() // 3  # visible points of a cloud
+    colors = pictures.palette(2).repeat([n, points.shape[1] - n], axis=0)
+    rows = []
+    for array, cloud in zip(xyz.cpu().numpy(), points, strict=True):
+        rows.append([(array, None), (cloud[:n], colors[:n]), (cloud, colors)])
+    pictures.write_gallery(path, rows)
+    print("reconstruction.png: input, visible patches, visible and predicted")
+
+
+def decode(prediction, teacher, neighborhood, center, masked, kind):
+    """Predicted features (B, M, D) as points (B, M, 3 S), by the teacher's decoder."""
+    features = teacher.features(neighborhood, center)
+    if kind == "cosine":  # which leaves the length open
+        prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
+    features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
+    _, fine = teacher.model.decoder(features)
+    return act.gather_points(fine.flatten(2), masked)
+
 
 def main(config):
-    config, device = training.setup(config, DEFAULTS)
-    if config.target == "teacher":
-        config = replace(config, loss=config.loss or "cosine")
-    elif config.loss:
-        raise ValueError(f"--loss {config.loss}: expected --target teacher, got {config.target}")
+    config, device = run.setup(config, PRESETS)
+    if config.target != "teacher" and config.loss:
+        raise act.UserError(f"--loss {config.loss}: expected --target teacher")
+    if config.target == "teacher" and not config.loss:
+        config = replace(config, loss="cosine")
 
     # -- data -------------------------------------------------------------------------------------
-    dataset = clouds.open_dataset(config.data, config.cache or None, config.variant, config.area)
-    print(clouds.describe(dataset))
-    train, test = dataset.everything or dataset.train, dataset.test
+    dataset = datasets.open_dataset(config.data, config.cache or None, config.variant, config.area)
+    print(datasets.describe(dataset))
+    train = dataset.train
+    test = dataset.test
     if dataset.everything:
-        print(f"pretraining on all {len(train)} clouds, those of the test set too, without labels")
-    config = training.plan(config, len(train))
+        train = dataset.everything
+        print(f"pretraining on all {len(train)} clouds, the test set's too, without labels")
+    config = run.plan(config, len(train))
 
-    # -- model, optimizer, resume: the teacher comes from its checkpoint alone --------------------
-    target = Target(config, device)
-    student = build_student(config, target.teacher, train.normalized, device)
-    c, count = student.config, sum(p.numel() for p in student.parameters())
-    train, test = training.place(config, c.num_group, device, train, test)
+    # -- model ------------------------------------------------------------------------------------
+    teacher = None
+    if config.target != "coordinates":
+        teacher = FixedTeacher(config.teacher, device)
+    target_loss = TARGETS[config.target]
+    student = build_student(config, teacher, train.normalized, device)
+    c = student.config
+    for split in (train, test):
+        clouds.check_sizes(split, c.num_group, c.group_size, config.points)
+    train = run.place(train, device)
+    test = run.place(test, device)
     if not 0 < int(config.mask_ratio * c.num_group) < c.num_group:
-        raise ValueError(f"--mask-ratio: expected a part of the patches, got {config.mask_ratio}")
-    print(f"stage II on {device} x {WORLD}, {config.precision}; size {config.size}, {c.width} "
-          f"wide, {c.depth} deep, {count / 1e6:.1f} M parameters; target {config.target}")
-    optimizer = training.adamw(student, config.lr, config.weight_decay)
-    net = training.parallel(student, config)
-    log = training.Log(config, student, train.names)
-    if log.state:
-        optimizer.load_state_dict(log.state["optimizer"])
+        raise act.UserError(f"--mask-ratio {config.mask_ratio}: expected a part of the patches")
+    count = sum(p.numel() for p in student.parameters()) / 1e6
+    print(
+        f"stage II on {device} x {run.WORLD}, {config.precision}; size {config.size}, {c.width} "
+        f"wide, {c.depth} deep, {count:.1f} M parameters; target {config.target}"
+    )
+
+    # -- optimizer, resume ------------------------------------------------------------------------
+    optimizer = run.adamw(student, config.lr, config.weight_decay)
+    net = run.parallel(student, config)
+    log, _ = run.begin(config, student, optimizer, train.names)
 
     # -- loop -------------------------------------------------------------------------------------
-    warmup = 10 * (len(train) // config.batch_size)
+    warmup = 10 * (len(train) // config.batch_size)  # ten epochs
+    share = slice(run.RANK, None, run.WORLD)
     for epoch in range(log.epoch, config.epochs):
         student.train()
-        for batch in training.epoch_batches(config, len(train), epoch, log.step):
-            lr = training.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
-            generator = training.seed_step(config.seed, log.step, device)
+        for batch in run.epoch_batches(config, len(train), epoch, log.step):
+            lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
+            generator = run.seed_step(config.seed, log.step, device)
             xyz, _ = train.sample(batch, config.points, generator)
             xyz = clouds.scale_translate(xyz, generator)  # (B, N, 3)
-            neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
-            generator = training.seeded("cpu", config.seed, "mask", log.step)
-            mask = MASKS[config.mask](center, config.mask_ratio, generator)
-            neighborhood, center, mask = (t[RANK::WORLD] for t in (neighborhood, center, mask))
-            _, masked = act.split_mask(mask, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                prediction = net(neighborhood, center, mask)  # (B, M, D)
-                loss = target.loss(prediction, neighborhood, center, masked)
+            neighborhood, center, mask = draw_patches(xyz, config, c, log.step, share)
+            visible, masked = act.split_mask(mask, device)
+            with run.autocast(config, device):
+                prediction = net(neighborhood, center, mask, (visible, masked))  # (B, M, D)
+                loss = target_loss(prediction, neighborhood, center, masked, teacher, config.loss)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf)  # measured
+            grad_norm = run.gradient_norm(student)
             optimizer.step()
             log.add(loss=loss, grad_norm=grad_norm, lr=lr)
-        log.end_epoch(optimizer, dict(cosine_per_depth=cosine_per_depth(student, test, config)))
+        log.end_epoch(cosine_per_depth=cosine_per_depth(student, test, config))
+        run.save(log, student, optimizer)
 
     # -- results ----------------------------------------------------------------------------------
-    if RANK > 0:
+    if run.RANK > 0:
         return
     torch.manual_seed(config.seed)
-    untrained = act.Student(c).to(device).eval()
-    pictures(config, student, untrained, target, test, log.out)
-    clouds.write_chart(log.out / "loss.svg", log.rows)
-    metrics, text = {}, "none, since it takes labelled training clouds of two classes"
-    if dataset.train.labels is not None and len(dataset.train.labels.unique()) > 1:
-        print("features of the training and test clouds for a linear SVM ...", flush=True)
-        for name, model in (("svm_untrained", untrained), ("svm_trained", student)):
-            known, asked = (svm_features(model, split, config) for split in (dataset.train, test))
-            metrics[name], _ = training.svm_accuracy(*known, *asked)
-        text = "{svm_untrained:.1f} % untrained -> {svm_trained:.1f} % trained".format(**metrics)
-    log.close(**metrics)
+    untrained = act.Student(c).to(device)
+    chosen = torch.arange(0, len(test), max(1, len(test) // 5))[:5]
+    xyz, _ = test.sample(chosen, config.points, run.seeded(device, config.seed, "picture"))
+    print("pictures, from the top:", ", ".join(test.names[i] for i in chosen))
+    write_features(student, untrained, teacher, xyz, log.folder / "features")
+    if config.target != "codes":
+        write_reconstruction(student, teacher, xyz, config, log.folder / "reconstruction")
+    pictures.write_chart(log.folder / "loss.svg", log.rows)
+    labels = dataset.train.labels
+    if labels is None or len(labels.unique()) < 2:
+        log.close()
+        print("no linear SVM, which takes training clouds of two classes")
+        return
+    print("features of all clouds for a linear SVM ...", flush=True)
+    before = svm_accuracy(untrained, dataset.train, test, config)
+    after = svm_accuracy(student, dataset.train, test, config)
+    log.close(svm_untrained=before, svm_trained=after)
+    text = f"{before:.1f} % untrained -> {after:.1f} % trained"
     print(f"linear SVM on frozen features, {len(test)} test clouds: {text}")
 
+
 if __name__ == "__main__":
-    training.run_script(main, Config, __doc__)
+    run.run_command(main, Config, __doc__)

@@ -1,0 +1,240 @@
+"""Any checkpoint on own files (Sec. 5): a class, a feature, a label for each point, or boxes.
+
+    python predict.py a.ply my_clouds --checkpoint runs/classify/last.pt    # a class for each cloud
+    python predict.py my_clouds --checkpoint runs/student/last.pt --features f.npz
+    python predict.py my_clouds --checkpoint runs/parts/last.pt --category chair
+    python predict.py my_rooms --checkpoint runs/scene/last.pt     # rooms in metres, z up
+    python predict.py my_rooms --checkpoint runs/detect/last.pt    # rooms in metres, z up
+
+Files are clouds or meshes; of a folder, all below it are taken. One that cannot be read is named on
+stderr and left out; then the exit code is 2. The kind of the checkpoint, which may be ours or an
+official one, decides what is written to --out:
+
+    Classifier   predictions.csv: the class of each file and the probability of each class
+    Segmenter    <file>.npz (points, labels, label_names) and a coloured <file>.ply; labels.csv: the
+                 colours' names. <file> is the path, joined by "-"
+    Detector     <file>.ply: the room and the edges of its boxes
+    Student      nothing, but --features F.npz has (for a Classifier, too) features (n, 2 C), names,
+                 class_names and labels, known by the names of the files' folders, else -1
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import act
+from util import clouds, datasets, detector, files, inference, pictures, run
+from util.run import flag
+
+
+# -- config ----------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    files: list = flag((), "clouds, or folders of them", kind="positional")
+    checkpoint: str = flag("runs/classify/last.pt", "the model")
+    features: str = flag("", "an .npz for the features of a Classifier or Student")
+    out: str = flag("runs/predict", "folder of the results")
+    category: str = flag("", "what a Segmenter finds the parts of (default: the folder's name)")
+    points: int = flag(None, "points taken of a cloud (default: as in training)", None, int)
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+
+
+def check_flags(config, model):
+    """Raises UserError for flags that do not fit the checkpoint's kind of model."""
+    kind = type(model).__name__
+    if config.features and kind not in ("Classifier", "Student"):
+        raise act.UserError(f"--features: expected a Classifier or Student, got a {kind}")
+    path = Path(config.features)
+    if config.features and not (path.suffix == ".npz" and path.parent.is_dir()):
+        raise act.UserError(f"--features: expected an .npz in some folder, got {path}")
+    if kind == "Student" and not config.features:
+        raise act.UserError(f"{config.checkpoint}: expected --features for a Student, got none")
+    if config.points is not None and kind == "Detector":
+        raise act.UserError(f"--points: expected none for a Detector, got {config.points}")
+    if config.points is not None and config.points < model.config.group_size:
+        raise act.UserError(f"--points: expected >= {model.config.group_size}, got {config.points}")
+    if config.category and not getattr(model.config, "num_categories", 0):
+        raise act.UserError(f"--category: expected a Segmenter of parts, got a {kind} without")
+
+
+# -- model and files -------------------------------------------------------------------------------
+def open_model(path, device):
+    """The model of a checkpoint, in eval mode, with names for its classes."""
+    obj = act.read_tensors(path)
+    if isinstance(obj, dict) and obj.get("kind") == "Detector":
+        return detector.load_detector(path, device)
+    model = run.load_model(path, device, act.Classifier, act.Segmenter, act.Student)
+    name_classes(model)
+    return model
+
+
+def name_classes(model):
+    """Fills in what official files do not tell: names of classes, and the parts of categories."""
+    c = model.config
+    if isinstance(model, act.Student) or c.class_names:
+        return
+    if isinstance(model, act.Classifier):
+        c.class_names = [f"class {i}" for i in range(c.num_classes)]
+    elif c.num_categories:
+        c.class_names = list(datasets.SHAPENET_PARTS)
+        c.part_ranges = list(datasets.SHAPENET_PARTS.values())
+    else:
+        c.class_names = list(datasets.S3DIS_CLASSES)
+        c.normalized = False
+
+
+def name_outputs(paths, folder):
+    """Path -> the path of its results, without a suffix, in `folder`; no two are the same."""
+    sources = {}
+    for path in dict.fromkeys(paths):
+        parts = [part for part in path.parts if part not in ("..", path.anchor)]
+        target = folder / "-".join(parts)
+        while target in sources:
+            target = target.with_name(target.name + "-")  # another path is joined to the same
+        sources[target] = path
+    return {path: target for target, path in sources.items()}
+
+
+# -- classes and features --------------------------------------------------------------------------
+class Prediction(NamedTuple):
+    file: Path
+    label: int  # the class whose name a folder of the file has, -1 if there is none
+    feature: np.ndarray  # (2 C,)
+    probability: list  # of each class; [] for a Student
+
+
+def folder_label(file, names):
+    """The index in `names` of one of the two folders above a file, <class>/test/a.ply, or -1."""
+    for folder in file.resolve().parents[:2]:
+        if folder.name in names:
+            return names.index(folder.name)
+    return -1
+
+
+@torch.no_grad()
+def predict_class(config, model, file, target):
+    """The Prediction of a file; prints it, the two likeliest classes. Writes nothing."""
+    c = model.config
+    xyz = files.read_cloud(file, c.points, c.normalized)  # (n, 3) float32
+    least = max(c.num_group, c.group_size)
+    if len(np.unique(xyz, axis=0)) < least:
+        raise act.UserError(f"{file}: expected {least} different points, got fewer")
+    feature = inference.cloud_feature(model, torch.from_numpy(xyz[None]))
+    names = []
+    probability = []
+    if isinstance(model, act.Classifier):
+        names = c.class_names
+        probability = model.head(feature)[0].softmax(dim=0).tolist()
+    best = sorted(zip(probability, names, strict=True), reverse=True)[:2]
+    shown = ", ".join(f"{name} {value:.3f}" for value, name in best)
+    print(f"{file}  {shown}", flush=True)
+    return Prediction(file, folder_label(file, names), feature[0].cpu().numpy(), probability)
+
+
+def write_features(path, predictions, names):
+    """The features of clouds -> an .npz."""
+    features = np.stack([row.feature for row in predictions])
+    paths = [str(row.file) for row in predictions]
+    labels = [row.label for row in predictions]
+    np.savez(path, features=features, names=paths, labels=labels, class_names=names)
+    print(f"features of {len(predictions)} clouds in {path}")
+
+
+def write_classes(path, predictions, names):
+    """Each cloud's class and probabilities -> a .csv; prints the accuracy in class folders."""
+    table = [["file", "label"] + names]
+    hits = []
+    for row in predictions:
+        best = int(np.argmax(row.probability))
+        table.append([row.file, names[best]] + row.probability)
+        if row.label >= 0:
+            hits.append(best == row.label)
+    inference.write_csv(path, table)
+    shown = f"accuracy {100 * np.mean(hits):.2f} % of {len(hits)}" if hits else "no"
+    print(f"{shown} clouds in class folders")
+
+
+# -- labels of points, boxes -----------------------------------------------------------------------
+def find_category(config, c, file):
+    """The index of a file's category, by --category or its folder; None for a model without."""
+    if not c.num_categories:
+        return None
+    name = config.category or file.resolve().parent.name
+    if name not in c.class_names:
+        raise act.UserError(f"{file}: expected --category of {c.class_names}, got {name}")
+    return c.class_names.index(name)
+
+
+def predict_labels(config, model, file, target):
+    """A label for each point of a file, as .npz and coloured .ply; their names as labels.csv."""
+    xyz = files.read_points(file)
+    labels = inference.label_points(model, xyz, find_category(config, model.config, file))
+    names, colors = inference.write_legend(Path(config.out, "labels.csv"), model.config)
+    np.savez(f"{target}.npz", points=xyz, labels=labels, label_names=names)
+    files.write_ply(f"{target}.ply", xyz, colors[labels])
+    shares = np.bincount(labels) / len(labels)
+    shown = [f"{names[i]} {shares[i]:.0%}" for i in np.flatnonzero(shares)]
+    print(f"{file}  {', '.join(shown)}", flush=True)
+
+
+def predict_boxes(config, model, file, target):
+    """The boxes in a room, in a printed table and a .ply."""
+    names = model.config.class_names
+    xyz = files.read_points(file)
+    low = xyz.min(axis=0)  # subtracted in float64: coordinates may be large
+    scene = clouds.Scene("", np.float32(xyz - low), np.zeros((0, 6)), np.zeros(0))
+    boxes, scores = detector.find_boxes(model, [scene])[0]
+    best, labels = scores.max(dim=1)
+    shown = best > detector.SCORE_THRESHOLD
+    boxes = boxes[shown].numpy() + np.append(low, [0, 0, 0])
+    labels = labels[shown].tolist()
+    print(f"{file}: {len(xyz)} points, {np.ptp(xyz, axis=0)} m, {len(boxes)} boxes")
+    for box, label, score in zip(boxes.round(2), labels, best[shown].tolist(), strict=True):
+        print(f"  {names[label]:16}{score:.2f}  center {box[:3]}  size {box[3:]}", flush=True)
+    points, colors = detector.outline(xyz, boxes, pictures.palette(len(names))[labels])
+    files.write_ply(f"{target}.ply", points, np.uint8(255 * colors))
+
+
+# -- main ------------------------------------------------------------------------------------------
+def main(config):
+    model = open_model(config.checkpoint, run.pick_device(config.device))
+    check_flags(config, model)
+    c = model.config
+    if config.points is not None:
+        c.num_group = max(1, config.points * c.num_group // c.points)  # as many points to a patch
+        c.points = config.points
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise act.UserError(f"--out: expected a folder to write to, got {error}") from error
+
+    predict = predict_class
+    if isinstance(model, act.Segmenter):
+        predict = predict_labels
+    elif isinstance(model, detector.Detector):
+        predict = predict_boxes
+    paths = datasets.find_clouds(config.files)
+    targets = name_outputs(paths, Path(config.out))
+    results = []
+    for path in paths:
+        try:
+            results.append(predict(config, model, path, targets[path]))
+        except (act.UserError, OSError) as error:  # OSError: its results can't be written
+            print(error, file=sys.stderr, flush=True)
+
+    names = getattr(c, "class_names", [])
+    if results and config.features:
+        write_features(config.features, results, names)
+    if results and isinstance(model, act.Classifier):
+        write_classes(Path(config.out, "predictions.csv"), results, names)
+    print(f"results in {config.out}")
+    if len(results) < len(paths):
+        raise act.UserError(f"expected {len(paths)} readable files, got {len(results)}")
+
+
+if __name__ == "__main__":
+    run.run_command(main, Config, __doc__)

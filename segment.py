@@ -1,0 +1,270 @@
+"""A label for each point (Sec. 5): the parts of objects, or what stands in rooms. Needs no data.
+
+    python segment.py                           # parts of synthetic shapes, after train_student.py
+    python segment.py --task scene              # synthetic rooms
+    python segment.py --data ShapeNetPart --checkpoint student.pth --size base   # as published
+    python segment.py --task scene --data S3DIS --checkpoint student.pth --size base
+
+--data is `synthetic` or a folder, recognised by the files in it:
+
+    ShapeNetPart  synsetoffset2category.txt, train_test_split/, <synset>/*.txt: PointNet++'s
+                  shapenetcore_partanno_segmentation_benchmark_v0_normal; --task parts
+    S3DIS         Area_1_office_1.npy ..., by PointNet's collect_indoor3d_data.py; --task scene
+    own labels    train/*, test/* (.npy .txt): x y z ... label, classes.txt: names; --task parts, or
+                  scene: in metres, z up
+
+Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture of truth and
+prediction and its legend labels.csv in --out.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import act
+from util import clouds, datasets, inference, metrics, pictures, run, transfer
+
+# -- config ----------------------------------------------------------------------------------------
+PRESETS = {  # tiny's BatchNorm needs some 60 steps or more; base: as published (Sec. 5)
+    "parts": {
+        "tiny": dict(points=1024, epochs=3, batch_size=16, lr=2e-4),
+        "small": dict(points=2048, epochs=30, batch_size=16, lr=2e-4),
+        "base": dict(points=2048, epochs=300, batch_size=16, lr=2e-4),
+    },
+    "scene": {
+        "tiny": dict(points=1024, epochs=6, batch_size=32, lr=2e-4),
+        "small": dict(points=2048, epochs=10, batch_size=32, lr=2e-4),
+        "base": dict(points=2048, epochs=60, batch_size=32, lr=2e-4),
+    },
+}
+SHOWN = 6  # test clouds in the picture
+SHOWN_POINTS = 30_000  # at most, of each of them
+
+
+@dataclass
+class Config(transfer.TransferConfig):
+    task: str = run.flag("parts", "what is labelled", choices=("parts", "scene"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.protocol != "full":
+            raise act.UserError(f"--protocol: expected full for {self.task}, got {self.protocol}")
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+class Segmentation(transfer.Task):
+    """What parts and rooms share. A subclass sets `config`, `sizes` (of the network), `names` and
+    `test`, and has `predictions`."""
+
+    def build_model(self):
+        return act.Segmenter(self.sizes)
+
+    def turn(self, xyz, generator):
+        """Each cloud turned about the vertical axis."""
+        return clouds.rotate_y(xyz, generator)
+
+    def augment(self, xyz, generator):
+        """Each cloud turned, or scaled and moved a little with its proportions kept (Sec. 5)."""
+        if self.config.augment == "none":
+            return xyz
+        if self.config.augment == "rotate":
+            return self.turn(xyz, generator)
+        return clouds.scale_translate(xyz, generator, scale=(0.8, 1.25), shift=0.1, per_axis=False)
+
+    def evaluate(self, model):
+        """Accuracy over all points of the test clouds. Keeps `matrices`, the counts (labels,
+        labels) of each of them, and `shown`, name -> (xyz, truth, prediction) of a few."""
+        self.matrices = []
+        self.shown = {}
+        every = math.ceil(len(self.test) / SHOWN)
+        for name, xyz, truth, predicted in self.predictions(model):
+            if len(self.matrices) % every == 0:
+                self.shown[name] = (xyz, truth, predicted)
+            self.matrices.append(metrics.confusion(truth, predicted, self.sizes.num_parts))
+        return metrics.accuracy(sum(self.matrices))
+
+    def finish(self, model, folder):
+        """Writes picture and legend; IoU of each label, unless the labels are of categories."""
+        names, colors = inference.write_legend(folder / "labels.csv", model.config)
+        self.write_picture(folder, names, colors)
+        if self.sizes.num_categories:
+            return {}
+        matrix = sum(self.matrices)
+        metrics.print_table(matrix, names)
+        each = metrics.iou(matrix)
+        values = {}
+        for name, value in zip(names, each.tolist(), strict=True):
+            values[f"iou_{name}"] = None if math.isnan(value) else value  # JSON knows no NaN
+        values["miou"] = each.nanmean().item()
+        return values
+
+    def write_picture(self, folder, names, colors):
+        """Truth and prediction of some test clouds, without the points that hide a room."""
+        hidden = [i for i, name in enumerate(names) if name in ("ceiling", "wall")]
+        rows = []
+        for xyz, truth, predicted in self.shown.values():
+            seen = np.flatnonzero(~np.isin(truth, hidden))[:: len(xyz) // SHOWN_POINTS + 1]
+            rows.append([(xyz[seen], colors[of[seen]] / 255) for of in (truth, predicted)])
+        task = self.config.task
+        pictures.write_gallery(folder / task, rows, columns=4)
+        print(
+            f"{task}.png: truth and prediction of {', '.join(self.shown)}; its colours: labels.csv"
+        )
+
+
+class Parts(Segmentation):
+    """Parts of objects. The category of an object is given; own labelled clouds have none."""
+
+    metric = "instance_miou"
+
+    def __init__(self, config, data, sizes, device):
+        for split in (data.train, data.test):
+            clouds.check_sizes(split, sizes["num_group"], sizes["group_size"], config.points)
+        self.config = config
+        self.device = device
+        self.train = data.train.to(device)
+        self.test = data.test.to(device)
+        self.names = data.train.names
+        self.categories = data.train.classes
+        ranges = data.train.part_ranges
+        self.sizes = act.SegmenterConfig(**sizes, num_categories=len(self.categories))
+        self.sizes.num_parts = max(end for _, end in ranges)
+        self.sizes.class_names = self.categories or data.train.part_names
+        self.test_labels = torch.zeros(len(data.test), dtype=torch.int64)
+        if self.categories:
+            self.sizes.part_ranges = [list(pair) for pair in ranges]
+            self.test_labels = data.test.labels.cpu()
+        self.test_ranges = [ranges[label] for label in self.test_labels.tolist()]
+
+    def sample(self, indices, step, generator):
+        return self.draw(self.train, indices, generator)
+
+    def draw(self, split, indices, generator):
+        """Points drawn with replacement, as published: xyz, parts (B, N), category (B,) or None."""
+        indices = indices.to(self.device)
+        start = split.offsets[indices][:, None]  # (B, 1)
+        size = split.offsets.diff()[indices][:, None]  # (B, 1)
+        shape = (len(indices), self.config.points)
+        uniform = torch.rand(shape, generator=generator, device=self.device)
+        flat = start + (uniform * size).long().minimum(size - 1)  # rounding may give size itself
+        category = split.labels[indices] if self.categories else None
+        return clouds.unit_sphere(split.points[flat]), split.parts[flat], category
+
+    @torch.no_grad()
+    def predictions(self, model):
+        """Name, xyz (N, 3), truth and prediction (N,), a part of its category, of each test cloud,
+        of a fixed sample of it."""
+        model.eval()
+        for indices in torch.arange(len(self.test)).split(32):
+            generator = run.seeded(self.device, "test", int(indices[0]))
+            xyz, truth, category = self.draw(self.test, indices, generator)
+            logits = model(xyz, category).float().cpu()  # (B, N, parts)
+            for row, i in enumerate(indices.tolist()):
+                first, end = self.test_ranges[i]
+                predicted = logits[row, :, first:end].argmax(dim=1) + first
+                yield self.test.names[i], xyz[row].cpu().numpy(), truth[row].cpu(), predicted
+
+    def evaluate(self, model):
+        """Also the mean IoU of a cloud's parts: mean over clouds, and mean of categories' means.
+        A part that is in neither truth nor prediction counts 100."""
+        values = super().evaluate(model)
+        each = []
+        for matrix, (first, end) in zip(self.matrices, self.test_ranges, strict=True):
+            each.append(metrics.iou(matrix)[first:end].nan_to_num(100.0).mean())
+        each = torch.stack(each)  # (test clouds,)
+        labels = self.test_labels
+        by_category = [each[labels == label].mean() for label in labels.unique()]
+        values["instance_miou"] = each.mean().item()
+        values["class_miou"] = torch.stack(by_category).mean().item()
+        return values
+
+
+def sample_block(room, num_points, rng):
+    """A block of 1 m x 1 m, around a random point, of a room that is sorted along x: xyz
+    (num_points, 3) and labels. It holds more than num_points / 2 points (Sec. 5: 1024 of 2048);
+    where it holds fewer than num_points, some are repeated."""
+    for _ in range(200):
+        center = room.xyz[rng.integers(len(room.xyz)), :2]
+        first, end = np.searchsorted(room.xyz[:, 0], [center[0] - 0.5, center[0] + 0.5])
+        inside = first + np.flatnonzero(abs(room.xyz[first:end, 1] - center[1]) <= 0.5)
+        if len(inside) > num_points // 2:
+            chosen = rng.choice(inside, num_points, replace=len(inside) < num_points)
+            origin = np.append(center, 0).astype(np.float32)
+            return room.xyz[chosen] - origin, room.labels[chosen]
+    raise act.UserError(
+        f"{room.name}: expected metres, over {num_points // 2} points in 1 m x 1 m; lower --points"
+    )
+
+
+def class_weights(rooms, num_classes):
+    """(most frequent class's points / a class's points)^(1/3), as published: (classes,) float32."""
+    labels = np.concatenate([room.labels for room in rooms])
+    count = np.bincount(labels, minlength=num_classes)
+    return torch.from_numpy((count.max() / np.maximum(count, 1)) ** (1 / 3)).float()
+
+
+class Scenes(Segmentation):
+    """Whole rooms, trained on blocks of them. Labels are of the room's points as stored."""
+
+    metric = ""  # labelling whole rooms takes too long for every epoch
+
+    def __init__(self, config, data, sizes, device):
+        self.config = config
+        self.device = device
+        self.test = data.test
+        self.train = []
+        for room in data.train:
+            order = room.xyz[:, 0].argsort(kind="stable")
+            room = room._replace(xyz=room.xyz[order], labels=room.labels[order])
+            self.train += [room] * max(1, len(order) // config.points)  # as many points as it has
+        self.names = [f"{room.name}#{i}" for i, room in enumerate(self.train)]
+        self.sizes = act.SegmenterConfig(**sizes, normalized=False, num_categories=0)
+        self.sizes.num_parts = len(data.classes)
+        self.sizes.class_names = data.classes
+        self.loss_weight = class_weights(data.train, len(data.classes)).to(device)
+
+    def turn(self, xyz, generator):
+        return clouds.rotate_y(xyz[..., [1, 2, 0]], generator)[..., [2, 0, 1]]  # y up and back
+
+    def sample(self, indices, step, generator):
+        blocks = []
+        for i in indices.tolist():
+            rng = np.random.default_rng([self.config.seed, step, i])
+            blocks.append(sample_block(self.train[i], self.config.points, rng))
+        xyz = torch.from_numpy(np.stack([points for points, _ in blocks]))  # (B, N, 3)
+        labels = torch.from_numpy(np.stack([labels for _, labels in blocks]))  # (B, N)
+        return xyz.to(self.device), labels.long().to(self.device), None
+
+    def predictions(self, model):
+        """Name, xyz with y up, truth and prediction of all points of each test room."""
+        print(f"labelling every point of {len(self.test)} test rooms", flush=True)
+        for room in self.test:
+            upright = clouds.normalize(room.xyz[:, [0, 2, 1]] * [1, 1, -1])
+            yield room.name, upright, room.labels, inference.label_points(model, room.xyz)
+
+
+TASKS = {"parts": Parts, "scene": Scenes}
+
+
+# -- main ------------------------------------------------------------------------------------------
+def main(config):
+    given_size = config.size
+    config, device = run.setup(config, PRESETS[config.task])
+    if config.augment == "auto":
+        config = replace(config, augment="scale_translate")
+    source = transfer.load_source(config)
+    if config.task == "scene":
+        data = datasets.open_rooms(config.data, config.area, density=0.6 * config.points)
+    else:
+        data = datasets.open_parts(config.data, config.cache or None)
+    print(datasets.describe(data))
+    settings = f"{config.precision}, size {config.size}, augmentation {config.augment}"
+    print(f"{config.task} on {device} x {run.WORLD}, {settings}")
+    sizes = transfer.encoder_sizes(config, source, given_size)
+    transfer.train(config, TASKS[config.task](config, data, sizes, device), source, device)
+
+
+if __name__ == "__main__":
+    run.run_command(main, Config, __doc__)

@@ -1,0 +1,167 @@
+"""What several test files share; pytest finds it by `pythonpath` in pyproject.toml."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import act
+from util import run, synthetic
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--points", "64", "--batch-size", "4", "--precision", "fp32", "--device", "cpu"]
+SIZES = "num_group=8 group_size=8 num_prompt=2 num_tokens=16".split()
+SIZES += "encoder_dims=16 tokens_dims=16 decoder_dims=16".split()
+TEACHER = SHORT + ["--weights", "random", "--set"] + SIZES  # a stage I of seconds
+STUDENT = SHORT + ["--set", "width=32", "depth=2", "num_heads=1", "encoder_dims=32"]
+
+
+def seeded(seed=0):
+    """A torch.Generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """Expects a ValueError (a UserError is one) whose one line holds the words."""
+    with pytest.raises(ValueError) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert str(word) in str(caught.value)
+
+
+def run_command(module, *words):
+    """The main function of a command, in this process, with these words as its command line."""
+    words = [str(word) for word in words]
+    return module.main(run.parse_flags(module.Config, "", words))
+
+
+def python(*args):
+    """Another process of Python -> CompletedProcess, with its output as text."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    words = [sys.executable] + [str(arg) for arg in args]
+    return subprocess.run(words, capture_output=True, text=True, timeout=170, env=env)
+
+
+def interrupt(step):
+    """A stand-in for run.Log.add, with Ctrl-C after so many steps."""
+    add = run.Log.add
+
+    def add_and_interrupt(log, **values):
+        add(log, **values)
+        if log.step == step:
+            raise KeyboardInterrupt
+
+    return add_and_interrupt
+
+
+def rows_of(folder):
+    """The rows of metrics.jsonl without the seconds."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(row.pop("seconds") >= 0 for row in rows)
+    return rows
+
+
+def checkpoint(folder):
+    """The dict in last.pt."""
+    return torch.load(Path(folder) / "last.pt", weights_only=True)
+
+
+def same(a, b):
+    """Whether nested dicts and lists of tensors are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def write_shapes(root):
+    """A folder of 8 training and 4 test clouds of two classes, 100 points each."""
+    clouds = synthetic.synthetic_clouds(6, seed=3, num_points=100)
+    for i, label in enumerate(clouds.labels.tolist()):
+        name = clouds.classes[label]
+        if name in ("torus", "chair"):
+            folder = Path(root) / ("train" if i % 6 < 4 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / f"{i}.npy", clouds[i].numpy())
+
+
+# -- tensors and tiny models ----------------------------------------------------------------------
+def assert_close(found, expected, rtol=1e-5, floor=0.0):
+    """The largest difference is below rtol of the largest entry expected (or of `floor`)."""
+    assert found.shape == expected.shape and found.isfinite().all()
+    difference = (found - expected).abs().max().item()
+    assert difference <= rtol * max(expected.abs().max().item(), floor), difference
+
+
+def assert_equal(found, expected):
+    """The same tensors, or tuples of them, to the bit."""
+    if torch.is_tensor(found):
+        assert same(found, expected)
+    else:
+        assert same(list(found), list(expected))
+
+
+def randomise(module, seed=0):
+    """Parameters and statistics away from their start, no two alike."""
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.5
+            p.add_(torch.randn(p.shape, generator=seeded(seed + i)) * scale)
+        for i, (name, buffer) in enumerate(module.named_buffers()):
+            if "running" in name:
+                noise = torch.randn(buffer.shape, generator=seeded(seed + i))
+                buffer.add_(noise.abs() * 0.3)
+    return module
+
+
+def moved(before, after):
+    """Names of the tensors that differ between two models."""
+    before = before.state_dict()
+    after = after.state_dict()
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+BACKBONES = {
+    "ViT": {},
+    "DINOv2": {"layer_scale": True},
+    "BERT": {"norm_first": False, "eps": 1e-12},
+    "CLIP": {"norm_pre": True, "quick_gelu": True, "eps": 1e-5},
+}
+PATCHES = {"num_group": 10, "group_size": 8}
+ENCODER = {"width": 12, "depth": 3, "num_heads": 3, "encoder_dims": 16, "drop_path": 0.0} | PATCHES
+CODES = {"encoder_dims": 16, "tokens_dims": 12, "decoder_dims": 20, "num_tokens": 24}
+TEACHER_SIZES = PATCHES | CODES | {"num_prompt": 3, "prompt_dropout": 0.5}
+MINIMUM = {  # sizes of each kind of model
+    "Teacher": TEACHER_SIZES,
+    "Student": ENCODER | {"target_dim": 7},
+    "Classifier": ENCODER | {"num_classes": 4},
+    "Segmenter": ENCODER | {"num_parts": 5, "num_categories": 3},
+}
+
+
+def make(kind, **options):
+    """A tiny model in eval mode, always the same."""
+    torch.manual_seed(0)
+    model_class, config_class = act.KINDS[kind]
+    config = config_class(**MINIMUM[kind] | options)
+    return randomise(model_class(config)).eval()
+
+
+def make_teacher(kind="ViT", **options):
+    sizes = {"width": 18, "depth": 3, "num_heads": 2, "mlp_hidden": 24}
+    return make("Teacher", backbone=sizes | BACKBONES[kind], **options)

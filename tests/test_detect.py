@@ -1,0 +1,160 @@
+"""Detection: matching, loss, augmentation, and the command."""
+
+import functools
+import itertools
+import sys
+from unittest.mock import DEFAULT, Mock
+
+import numpy as np
+import pytest
+import torch
+
+import act
+import detect
+from common import checkpoint, randn, refused, rows_of, run_command, same
+from util import datasets, detector, metrics, run, synthetic
+
+pytest.importorskip("scipy")  # nothing is detected without it
+
+FLAGS = "--device cpu --size tiny --points 256 --batch-size 2 --precision fp32".split()
+SIZES = dict(width=32, depth=2, num_heads=1, encoder_dims=32, drop_path=0.0, points=256)
+SIZES.update(num_group=32, num_queries=32, group_size=8, own_tokens=True, dropout=0.0)
+SIZES.update(decoder_width=32, decoder_depth=1, decoder_heads=2, head_dropout=0.0)
+CLASSES = synthetic.ROOM_CLASSES[3:]
+ROOM = datasets.synthetic_scenes((7, 1), 3000)[0]  # 7118 points, 7 boxes
+
+
+# -- matching, loss --------------------------------------------------------------------------------
+@pytest.mark.parametrize("cost", [torch.zeros(3, 2), torch.full((1, 2), np.nan)])
+def test_assignment_refuses_too_many_boxes_and_costs_that_are_not_finite(cost):
+    with refused("cost"):
+        detect.assign(cost)
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 2), (0, 0, 0)])  # true boxes of each room
+def test_loss_is_that_of_loops_and_its_gradient_that_of_differences(counts):
+    logits = 2 * randn(3, 5, 4, dtype=torch.float64)
+    predicted = randn(3, 5, 6, seed=1, dtype=torch.float64).abs()
+    extent = randn(3, 3, seed=2, dtype=torch.float64).abs() + 3
+    boxes = [randn(K, 6, seed=K, dtype=torch.float64).abs() for K in counts]
+    labels = [torch.arange(K) for K in counts]
+    weights = 0.0
+    sums = np.zeros(4)
+    for b, K in enumerate(counts):
+        p = logits[b].softmax(dim=1)
+        giou = metrics.generalized_box_iou(boxes[b], predicted[b])
+        cost = -p[:, :K].T - 2 * giou
+        orders = itertools.permutations(range(5), K)
+        queries = min(orders, key=lambda order: cost[range(K), order].sum())
+        for q in range(5):
+            weight = 1.0 if q in queries else 0.25
+            sums[0] -= weight * p[q, queries.index(q) if q in queries else 3].log()
+            weights += weight
+        for k, q in enumerate(queries):
+            off = ((predicted[b, q] - boxes[b][k]).view(2, 3) / extent[b]).abs().sum(dim=1)
+            sums[1:] += [1 - giou[k, q], 5 * off[0], off[1]]
+
+    def loss(logits, box):
+        return detect.layer_loss(logits, box[..., :3], box[..., 3:], extent, boxes, labels)
+
+    total, parts = loss(logits, predicted)
+    assert list(parts) == ["class", "giou", "center", "size"]
+    expected = sums / [weights, 5, 5, 5]  # five true boxes, or sums of 0
+    assert [value.item() for value in parts.values()] == pytest.approx(expected, abs=1e-9)
+    assert total.item() == pytest.approx(expected.sum())
+    outputs = [t[:, :4].clone().requires_grad_() for t in (logits, predicted)]
+    assert torch.autograd.gradcheck(lambda p, box: loss(p, box)[0], outputs)
+
+
+# -- augmentation ----------------------------------------------------------------------------------
+def points_in(xyz, boxes):
+    inside = abs(xyz - boxes[:, None, :3]) <= boxes[:, None, 3:] / 2 + 1e-4
+    return inside.all(axis=2).sum(axis=1)
+
+
+@pytest.mark.parametrize("augment, growth", [("", 1), ("quarters", 1), ("published", 1.4)])
+def test_boxes_hold_their_points_and_grow_in_small_turns_alone(monkeypatch, augment, growth):
+    monkeypatch.setattr(detect, "CUBOID_TRIES", 0)  # no cuboid, which may cut boxes
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        xyz, boxes, labels = detect.sample_room(ROOM, len(ROOM.xyz), rng, augment)
+        assert len(xyz) == len(ROOM.xyz) and labels.tolist() == ROOM.labels.tolist()
+        assert (points_in(xyz, boxes) >= points_in(ROOM.xyz, ROOM.boxes)).all()
+        grown = boxes[:, 3:].prod(axis=1) / ROOM.boxes[:, 3:].prod(axis=1)
+        assert 0.9999 < grown.min() and grown.max() < growth + 1e-4
+
+
+def test_random_cuboid_keeps_enough_points_and_boxes_by_their_centers_else_all():
+    center = ROOM.boxes[:, :3]
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        inside, held = detect.random_cuboid(ROOM.xyz, ROOM.boxes, rng, 2000)
+        kept = ROOM.xyz[inside]
+        within = (center >= kept.min(axis=0)) & (center <= kept.max(axis=0))
+        assert held.any() and (held == within.all(axis=1)).all() and len(kept) >= 2000
+        rng = np.random.default_rng(seed)  # the same cuboid: of 3/4 of 2667 points or more
+        xyz, boxes, labels = detect.sample_room(ROOM, 2667, rng, "published")
+        assert len(xyz) == 2667 and len(boxes) == len(labels)
+        assert labels.tolist() == ROOM.labels[held].tolist()
+    assert len(kept) < len(ROOM.xyz)
+    for boxes, min_points in [(ROOM.boxes, 9999), (ROOM.boxes[:0], 2000)]:
+        inside, held = detect.random_cuboid(ROOM.xyz, boxes, rng, min_points)
+        assert inside.all() and held.all()
+
+
+# -- the command -----------------------------------------------------------------------------------
+def test_the_encoder_is_the_students_and_the_rest_does_not_depend_on_it():
+    config = run.parse_flags(detect.Config, "", FLAGS)
+    student = act.Student(act.StudentConfig(**run.ENCODER_SIZES["tiny"]))
+    expected = detect.build_model(config, CLASSES).state_dict()
+    for name, value in student.encoder.state_dict().items():
+        expected[f"encoder.{name}"] = value
+    assert same(detect.build_model(config, CLASSES, student).state_dict(), expected)
+
+
+def test_training_overfits_a_room_with_a_gradient_for_every_parameter():
+    torch.manual_seed(0)
+    model = detector.Detector(detector.DetectorConfig(**SIZES, class_names=CLASSES))
+    optimizer = torch.optim.AdamW(model.parameters())
+    xyz, boxes, labels = detect.sample([ROOM], 256, np.random.default_rng(0))  # as evaluate's
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 100)
+        logits, center, size, extent = model(xyz)
+        loss, _ = detect.layer_loss(logits[0], center[0], size[0], extent, boxes, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in model.parameters())
+    table = detect.evaluate(model, datasets.RoomSet("a room", [ROOM], [ROOM], CLASSES))
+    assert table["mean"]["ap25"] == 100
+    assert table.keys() == {CLASSES[i] for i in ROOM.labels} | {"mean"}
+
+
+def test_a_killed_run_resumes_bit_for_bit(student_run, monkeypatch, tmp_path):
+    flags = FLAGS + ["--checkpoint", student_run / "last.pt", "--epochs", 3, "--out"]
+    train = functools.partial(run_command, detect, *flags)
+    whole = tmp_path / "whole"
+    part = tmp_path / "part"
+    evaluate = Mock(wraps=detect.evaluate)
+    monkeypatch.setattr(detect, "evaluate", evaluate)
+    monkeypatch.setattr(detect, "EVALUATION_EPOCHS", 2)
+    monkeypatch.setattr(datasets, "ROOMS", ((7, 4), (8, 2)))
+    train(whole)
+    assert evaluate.call_count == 3  # before training, after 2 epochs, and at the end
+    assert [row["epoch"] for row in rows_of(whole) if "ap25" in row] == [2, 3]
+    assert rows_of(whole)[-1].keys() >= {"ap50", "recall", "ap25_start", "classes"}
+    assert (whole / "boxes.png").exists() and (whole / "boxes.ply").exists()
+    evaluate.side_effect = [DEFAULT, KeyboardInterrupt]
+    with pytest.raises(KeyboardInterrupt):
+        train(part)
+    evaluate.side_effect = None
+    train(part, "--resume")
+    assert same(checkpoint(part)["model"], checkpoint(whole)["model"])
+    assert rows_of(part) == rows_of(whole)
+
+
+def test_a_missing_scipy_is_named_before_work_begins(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with refused("pip install scipy"):
+        run_command(detect, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,135 @@
+"""The detector: its model, and how detections are chosen from its outputs."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import act
+from common import ENCODER, randn, refused, same
+from util import detector, metrics
+from util.clouds import Scene
+
+SIZES = dict(num_queries=8, decoder_width=32, decoder_depth=2, decoder_heads=2, points=128)
+noise = functools.partial(randn, dtype=torch.float64)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = detector.DetectorConfig(**ENCODER | SIZES, class_names=["table", "chair", "sofa"])
+    return detector.Detector(config).eval()
+
+
+# -- model -----------------------------------------------------------------------------------------
+def test_fourier_positions_have_their_closed_form():
+    xyz = noise(1, 9, 3)
+    frequencies = noise(3, 4, seed=1)
+    low = xyz.amin(dim=1)
+    extent = xyz.amax(dim=1) - low
+    (pos,) = detector.fourier_positions(xyz, low, extent, frequencies)
+    phase = 2 * math.pi * ((xyz[0] - low) / extent) @ frequencies
+    assert torch.allclose(pos, torch.cat([phase.sin(), phase.cos()], dim=1))
+
+
+def test_decoder_layer_without_positions_is_torchs_own():
+    layer = detector.DecoderLayer(32, 4, dropout=0.1).eval()
+    theirs = torch.nn.TransformerDecoderLayer(32, 4, 32, batch_first=True, norm_first=True).eval()
+    renamed = {}
+    for name, value in layer.state_dict().items():
+        renamed[name.replace("cross_attn", "multihead_attn").replace("fc", "linear")] = value
+    theirs.load_state_dict(renamed)
+    x = randn(2, 5, 32)
+    memory = randn(2, 9, 32, seed=1)
+    found = layer(x, torch.zeros_like(x), memory, memory)
+    assert torch.allclose(found, theirs(x, memory), atol=1e-5)
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    model = detector.Detector(detector.DetectorConfig(width=256, num_heads=4, depth=1))
+    count = sum(p.numel() for name, p in model.named_parameters() if name[:8] != "encoder.")
+    heads = 667_419 - 264_706  # without the heads of the angle
+    assert count == 5_276_160 + 198_144 + 131_584 + heads  # decoder, projection, query MLP
+
+
+@pytest.mark.parametrize("bias, offset, share", [(100.0, 0.5, 1.0), (-100.0, -0.5, 0.0)])
+def test_boxes_reach_half_a_metre_and_the_rooms_extent(model, bias, offset, share):
+    for head in model.double().heads:
+        torch.nn.init.constant_(head[-1].bias, bias)  # the logits are then extreme
+    xyz = noise(2, 128, 3)
+    logits, center, size, extent = model(xyz)
+    assert logits.shape == (2, 2, 8, 4)  # layers, rooms, queries, classes and "no object"
+    query = act.gather_points(xyz, act.farthest_point_sample(xyz, 8))
+    assert torch.allclose(center, (query + offset).expand(2, 2, 8, 3))
+    assert torch.equal(extent, xyz.amax(dim=1) - xyz.amin(dim=1))
+    assert torch.allclose(size, share * extent[:, None].expand(2, 2, 8, 3))
+
+
+def test_boxes_move_with_the_room(model):
+    xyz = noise(2, 128, 3)
+    shift = torch.tensor([30.0, -20, 10])
+    logits, center, size, _ = model.double()(xyz)
+    moved = model(xyz + shift)
+    for found, expected in zip(moved, (logits, center + shift, size), strict=False):
+        assert torch.allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("field, value", [("kind", "Student"), ("config", {"a": 1}), ("model", {})])
+def test_a_checkpoint_gives_its_detector_and_others_are_refused(model, tmp_path, field, value):
+    state = dict(kind="Detector", config=vars(model.config), model=model.state_dict())
+    act.save(state, tmp_path / "last.pt")
+    loaded = detector.load_detector(tmp_path / "last.pt")
+    assert loaded.config == model.config and not loaded.training
+    assert same(loaded.state_dict(), model.state_dict())
+    act.save(state | {field: value}, tmp_path / "other.pt")
+    with refused(tmp_path / "other.pt", "Detector"):
+        detector.load_detector(tmp_path / "other.pt")
+
+
+# -- detections ------------------------------------------------------------------------------------
+def test_boxes_found_are_the_same_each_time_and_for_rooms_of_few_points(model):
+    rooms = [Scene("", randn(n, 3).numpy(), (), ()) for n in (1000, 100)]
+    found = detector.find_boxes(model.train(), rooms)
+    assert len(found) == 2 and len(found[0][0]) > 0 and not model.training
+    assert same(found, detector.find_boxes(model, rooms))
+
+
+@given(seed=st.integers(0, 10**6), shift=st.sampled_from([0, 0, 0, 9]))  # 9: all boxes are empty
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_detections_are_those_of_loops(seed, shift):
+    # Coordinates are round, so that points lie on faces and IoUs at the threshold.
+    boxes = (1.5 * noise(20, 6, seed=seed).abs()).ceil()
+    xyz = (2 * noise(300, 3, seed=seed + 1).abs()).round() / 2 + shift
+    probability = (3 * noise(20, 3, seed=seed + 2)).softmax(dim=1)
+    label = probability[:, :2].argmax(dim=1)
+    objectness = 1 - probability[:, 2]
+    center, size = boxes.split(3, dim=1)
+    inside = ((xyz - center[:, None]).abs() * 2 <= size[:, None]).all(dim=2)
+    full = inside.sum(dim=1) >= 5
+    if shift:
+        full = objectness == objectness.max()
+    kept = []
+    for q in objectness.argsort(descending=True).tolist():
+        overlaps = [metrics.box_iou(boxes[[q]], boxes[[k]]) for k in kept if label[k] == label[q]]
+        if full[q] and objectness[q] > 0.05 and max(overlaps, default=0) <= 0.25:
+            kept.append(q)
+    found, scores = detector.select_detections(center, size, probability.log(), xyz)
+    assert torch.equal(found, boxes[kept])
+    assert torch.allclose(scores, (probability[:, :2] * objectness[:, None])[kept])
+
+
+def test_an_outline_is_the_room_in_grey_and_dots_on_every_edge():
+    boxes = np.array([[0.0, 0, 0, 1, 1, 1], [1, 2, 3, 2, 4, 6]])
+    colors = np.array([[1.0, 0, 0], [0, 1, 0]])
+    points, painted = detector.outline(np.zeros((7, 3)), boxes, colors)
+    assert (points[:7] == 0).all() and (painted[:7] == 0.7).all()
+    dots = len(points[7:]) // 2
+    assert (painted[7:] == np.repeat(colors, dots, axis=0)).all()
+    place = (points[-dots:] - boxes[1, :3]) / boxes[1, 3:]  # -0.5 to 0.5
+    assert (np.sort(abs(place), axis=1)[:, 1:] == 0.5).all()
+    edges = np.unique(np.where(abs(place) < 0.5, 0, place), axis=0)
+    assert (edges == 0).any(axis=1).sum() == 12

@@ -1,0 +1,81 @@
+"""A trained model on whole clouds: blocks of rooms, labels of points, legends."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import act
+from util import inference
+
+
+def uniform_room(width, depth, seed):
+    return np.random.default_rng(seed).uniform(-3, [width - 3, depth - 3, -1], (90, 3))
+
+
+@given(st.floats(0.1, 5), st.floats(0.1, 3), st.integers(0, 99))
+def test_blocks_hold_every_point_and_nothing_beyond_half_a_metre(width, depth, seed):
+    xyz = uniform_room(width, depth, seed)
+    seen = np.zeros(len(xyz), int)
+    for inside, origin in inference.room_blocks(xyz):
+        assert abs(xyz[inside, :2] - origin[:2]).max() <= 0.502
+        assert origin[2] == 0  # heights stay as they are
+        seen[inside] += 1
+    assert seen.min() >= 1
+
+
+class Pointwise(torch.nn.Linear):
+    """In place of a Segmenter: logits (z, -z, -9), or (z, 0.5 - z, -9); notes what it sees."""
+
+    def __init__(self, **config):
+        super().__init__(1, 1)
+        self.config = act.SegmenterConfig(num_parts=3, **config)
+        self.seen = []
+
+    def forward(self, xyz, category):
+        self.seen.append((xyz, category))
+        z = xyz[..., 2]
+        logits = torch.stack([z, -z, torch.full_like(z, -9)], dim=-1)
+        logits[::2, :, 1] += 0.5
+        return logits
+
+
+def test_a_points_label_is_that_of_its_mean_probability_in_all_sets():
+    xyz = np.random.default_rng(0).uniform(-1, 1, (200, 3))
+    total = np.zeros((200, 3))
+    indices, origins = inference.point_sets(xyz, 50, in_blocks=True)
+    for i, chosen in enumerate(indices):
+        for point in chosen:
+            z = (xyz[point] - origins[i])[2]
+            logits = np.array([z, -z + 0.5 * (i % 2 == 0), -9])
+            total[point] += np.exp(logits) / np.exp(logits).sum()
+    model = Pointwise(points=50, normalized=False)
+    assert np.array_equal(inference.label_points(model, xyz), total.argmax(axis=1))
+    assert not np.array_equal(total.argmax(axis=1), xyz[:, 2] < 0)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_an_objects_sets_are_normalised_and_a_rooms_are_not(normalized):
+    model = Pointwise(points=30, normalized=normalized)
+    inference.label_points(model, 7 + uniform_room(1, 1, 2))
+    radius = model.seen[0][0].norm(dim=2).amax(dim=1)
+    assert torch.allclose(radius, torch.ones(()), atol=1e-5) == normalized
+
+
+@pytest.mark.parametrize("category, parts", [(0, {0}), (1, {1, 2})])
+def test_with_a_category_only_its_parts_are_answers(category, parts):
+    model = Pointwise(points=30, num_categories=2, part_ranges=[[0, 1], [1, 3]])
+    assert set(inference.label_points(model, uniform_room(1, 1, 3), category)) <= parts
+    assert set(model.seen[0][1].tolist()) == {category}
+
+
+def test_a_legend_names_every_label_beside_a_colour_of_its_own(tmp_path):
+    config = act.SegmenterConfig(num_parts=5, class_names=["Bag", "Café"])
+    config.part_ranges = [[0, 2], [3, 5]]
+    names, colors = inference.write_legend(tmp_path / "labels.csv", config)
+    assert names == ["Bag part 0", "Bag part 1", "part 2", "Café part 3", "Café part 4"]
+    hexes = ["#" + color.tobytes().hex() for color in colors]
+    rows = ["colour,name"] + [f"{hexes[i]},{names[i]}" for i in range(5)]
+    assert (tmp_path / "labels.csv").read_text(encoding="utf-8").splitlines() == rows
+    assert len(set(hexes)) == 5

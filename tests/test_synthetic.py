@@ -1,0 +1,80 @@
+"""Tests of util/synthetic.py: primitives, shapes with parts, scans, rooms."""
+
+import numpy as np
+import pytest
+import torch
+
+from util import synthetic
+from util.clouds import unit_sphere
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return synthetic.synthetic_clouds(2, seed=0, num_points=128)
+
+
+def surface(kind, *size):
+    return synthetic.sample_surface(kind, size, 20_000, np.random.default_rng(0))
+
+
+def test_points_of_a_box_a_sphere_and_a_torus_lie_on_it():
+    share = (np.abs(surface("box", 1, 2, 4)) == [1, 2, 4]).mean(0)  # of its faces' area
+    np.testing.assert_allclose(share, [8 / 14, 4 / 14, 2 / 14], atol=0.01)
+    x, y, z = surface("sphere", 2, 3, 5).T
+    np.testing.assert_allclose((x / 2) ** 2 + (y / 3) ** 2 + (z / 5) ** 2, 1)
+    x, y, z = surface("torus", 3, 1, 3).T
+    np.testing.assert_allclose((np.hypot(x, z) - 2) ** 2 + y**2, 1)
+
+
+@pytest.mark.parametrize("kind, top", [("cylinder", 1), ("shade", 0.5), ("cone", 0)])
+def test_points_of_a_cone_lie_on_its_side_or_on_its_caps(kind, top):
+    x, y, z = surface(kind, 1, 1, 1).T
+    inside = np.interp(y, [-1, 1], [1, top]) - np.hypot(x, z)
+    on_cap = (np.abs(y) == 1) & (inside > -1e-9)
+    assert (np.isclose(inside, 0) | on_cap).all()
+    assert 0 < on_cap.mean() < 0.8
+
+
+def test_scans_are_normalized_and_do_not_depend_on_one_another(shapes):
+    xyz = shapes.points.reshape(46, 128, 3)
+    torch.testing.assert_close(unit_sphere(xyz), xyz)
+    assert shapes.names[1:3] == ["sphere_0_0001", "ellipsoid_0_0000"]
+    first = synthetic.synthetic_clouds(1, seed=0, num_points=128)
+    assert torch.equal(first.points, xyz[::2].flatten(0, 1))
+
+
+def test_compositions_are_the_shapes_of_several_parts_and_parts_follow_one_another(shapes):
+    several = synthetic.compositions(shapes)
+    assert len(several.classes) == 16
+    for i, name in enumerate(several.names):
+        assert torch.equal(several[i], shapes[shapes.names.index(name)])
+    for data in (shapes, several):
+        assert data.parts.unique().tolist() == list(range(data.part_ranges[-1][1]))
+        for c, parts in enumerate(data.parts.chunk(len(data.classes))):
+            assert parts.unique().tolist() == list(range(*data.part_ranges[c]))
+
+
+def test_furniture_stands_within_its_box_and_does_not_overlap():
+    rooms = synthetic.synthetic_rooms([(1, i) for i in range(12)], density=60)
+    assert sum(len(room.boxes) for room in rooms) > 24
+    for room in rooms:
+        for i, (label, low, high) in enumerate(room.boxes):
+            inside = ((room.xyz > low - 0.06) & (room.xyz < high + 0.06)).all(1)
+            assert (room.labels[inside] == label).sum() >= 150  # 2.5 times the density
+            for _, other_low, other_high in room.boxes[:i]:
+                assert (high[:2] < other_low[:2]).any() or (other_high[:2] < low[:2]).any()
+
+
+def test_values_stay_the_same(shapes):
+    total = 0
+    for i, name in enumerate(synthetic.CATEGORIES):
+        xyz, _ = synthetic.synthetic_cloud(name, 300, np.random.default_rng(7))
+        total += (i + 1) * np.abs(xyz).sum()
+    assert total == pytest.approx(85530.968477, rel=1e-9)
+    assert (torch.arange(46).repeat_interleave(128) * shapes.parts).sum() == 3679368
+    # Another numpy may round the last digit otherwise and order a scan's points anew.
+    assert shapes.points.double().abs().sum().item() == pytest.approx(4923.034, rel=3e-3)
+    (room,) = synthetic.synthetic_rooms([(5, 3)], density=60)
+    assert room.labels.sum() == 8451
+    np.testing.assert_allclose(room.xyz.sum(0, np.float64), [6923.4207, 4818.6731, 4291.2892])
+    assert [label for label, _, _ in room.boxes] == [4, 7, 5, 3, 8]

@@ -1,0 +1,225 @@
+"""Clouds of points in memory: many of them in one tensor, samples, normalising, augmentation.
+
+    xyz, _ = clouds.sample(torch.arange(32), num_points=1024)    # (32, 1024, 3)
+
+Letters in shapes: B clouds of a batch, N points of each of them, T points of all clouds.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+import act
+
+MAX_POINTS = 16384  # A larger cloud keeps a random part of this size.
+
+
+class Room(NamedTuple):
+    """A room whose points have labels. Coordinates are in metres, and z points up."""
+
+    name: str
+    area: int  # the part of the building, by which rooms are split into training and test
+    xyz: np.ndarray  # (n, 3) float32
+    labels: np.ndarray  # (n,) uint8, one per point
+    boxes: list = ()  # (class, lowest corner, highest corner) of each object
+
+
+class Scene(NamedTuple):
+    """A scan whose objects have boxes. Coordinates are in metres, and z points up."""
+
+    name: str
+    xyz: np.ndarray  # (n, 3) float32
+    boxes: np.ndarray  # (m, 6) float32, center and size
+    labels: np.ndarray  # (m,) int64, one per box
+
+
+@dataclass
+class Clouds:
+    """Clouds of any sizes, one after another: cloud i is points[offsets[i] : offsets[i + 1]]."""
+
+    points: Tensor  # (T, 3) float32, possibly mapped from a file larger than memory
+    offsets: Tensor  # (number of clouds + 1,) int64
+    names: list[str]
+    labels: Tensor | None = None  # one per cloud, int64 indices into classes
+    classes: list[str] = field(default_factory=list)
+    parts: Tensor | None = None  # (T,) int64, one per point
+    part_ranges: list | None = None  # (first, last + 1) of each class's parts
+    part_names: list[str] = field(default_factory=list)  # if the data set has them
+    normalized: bool = True  # False: samples are used as stored
+    largest: int = 0  # points of the largest cloud if known, so that sample waits for no GPU
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """The points of cloud i, (n, 3) float32, without a copy."""
+        return self.points[self.offsets[i] : self.offsets[i + 1]]
+
+    def to(self, device: torch.device | str) -> "Clouds":
+        """The same clouds with all tensors on `device`."""
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        moved = {name: value.to(device) for name, value in tensors.items()}
+        return replace(self, **moved, largest=int(self.offsets.diff().max()))
+
+    def select(self, indices: Tensor | list[int] | range) -> "Clouds":
+        """The clouds `indices`, in that order. Clouds that follow one another stay a view, so that
+        a mapped file is not read."""
+        indices = torch.as_tensor(indices).reshape(-1)
+        start = self.offsets[indices].tolist()
+        end = self.offsets[indices + 1].tolist()
+        if (indices.diff() == 1).all():
+            rows = slice(start[0], end[-1])
+        else:
+            rows = torch.cat([torch.arange(a, b) for a, b in zip(start, end, strict=True)])
+        sizes = self.offsets.diff()[indices]
+        selected = replace(self, points=self.points[rows])
+        selected.offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        selected.names = [self.names[i] for i in indices.tolist()]
+        if self.labels is not None:
+            selected.labels = self.labels[indices]
+        if self.parts is not None:
+            selected.parts = self.parts[rows]
+        return selected
+
+    def sample(self, indices: Tensor, num_points: int, generator: Generator | None = None) -> tuple:
+        """A random `num_points` of each cloud, in random order; a smaller cloud is repeated.
+        indices (B,) -> xyz (B, num_points, 3) float32, normalised anew if `normalized`, on the
+        generator's device, and flat (B, num_points) int64, the chosen rows of `points`."""
+        # Sketch, for three points of a cloud of two points and of a cloud of four:
+        #   keys    0.7  0.1   2    2   |  0.3  0.9  0.2  0.5    random, 2 beyond a cloud's end
+        #   order    1    0    2        |   2    0    3          places of the smallest keys
+        #   turn     0    1    0        |   0    1    2          a smaller cloud begins again
+        #   chosen   1    0    1        |   2    0    3          order[turn]
+        device = self.points.device if generator is None else generator.device
+        indices = indices.to(self.offsets.device)
+        start = self.offsets[indices].to(device)  # (B,)
+        size = self.offsets.diff()[indices].to(device)  # (B,)
+        largest = self.largest or int(size.max())
+        keys = torch.rand(len(size), largest, generator=generator, device=device)
+        keys.masked_fill_(torch.arange(largest, device=device) >= size[:, None], 2)
+        order = keys.topk(min(num_points, largest), largest=False).indices
+        turn = torch.arange(num_points, device=device) % size[:, None]  # (B, num_points)
+        chosen = order.gather(1, turn)  # (B, num_points)
+        flat = (start[:, None] + chosen).to(self.points.device)
+        xyz = self.points[flat].to(device)
+        if self.normalized:
+            xyz = unit_sphere(xyz)
+        return xyz, flat
+
+
+def check_sizes(clouds: Clouds, num_group: int, group_size: int, points: int) -> None:
+    """Raises UserError unless samples can be cut into patches, whose centers are distinct."""
+    if points < group_size:
+        raise act.UserError(f"--points: expected {group_size} or more, got {points}")
+    for i, name in enumerate(clouds.names):
+        count = len(clouds[i][: 4 * num_group].unique(dim=0))  # enough for nearly every cloud
+        if count < num_group:
+            count = len(clouds[i].unique(dim=0))
+        count = min(count, points)
+        if count < num_group:
+            raise act.UserError(f"{name}: expected {num_group} distinct --points, got {count}")
+
+
+@torch.no_grad()
+def each_cloud(function: Callable, clouds: Clouds, num_points: int | None = None) -> list:
+    """What `function`, of xyz (B, n, 3), gives for each cloud, in batches of clouds of one size.
+    With `num_points` it sees the first of each cloud, normalised as in files.read_cloud."""
+    sizes = clouds.offsets.diff()
+    if num_points is not None:
+        sizes = sizes.clamp(max=num_points)
+    values = [None] * len(clouds)
+    for size in sizes.unique().tolist():
+        for indices in (sizes == size).nonzero()[:, 0].split(64):
+            rows = clouds.offsets[indices][:, None] + torch.arange(size, device=sizes.device)
+            xyz = clouds.points[rows]  # (B, size, 3)
+            if num_points is not None and clouds.normalized:
+                xyz = unit_sphere(xyz)
+            for i, value in zip(indices.tolist(), function(xyz), strict=True):
+                values[i] = value
+    return values
+
+
+def subsample(clouds: Clouds, num_points: int, device: torch.device | str) -> Clouds:
+    """The clouds on `device`, each thinned to its 75/64 num_points farthest points, in their order:
+    training samples 1024 of 1200 or 2048 of 2400 (Sec. 5), evaluation takes the first."""
+
+    def farthest(xyz):
+        count = min(num_points * 75 // 64, xyz.shape[1])
+        if count <= num_points:
+            return xyz
+        order = act.farthest_point_sample(xyz.to(device), count)
+        return act.gather_points(xyz, order.to(xyz.device))
+
+    kept = each_cloud(farthest, clouds)
+    offsets = torch.tensor([0] + [len(xyz) for xyz in kept]).cumsum(0)
+    return replace(clouds, points=torch.cat(kept), offsets=offsets, parts=None).to(device)
+
+
+# -- Normalising and thinning ---------------------------------------------------------------------
+def normalize(points: np.ndarray) -> np.ndarray:
+    """(n, 3) -> (n, 3) float32, centroid at 0, farthest point at radius 1, computed in float64;
+    UserError if there is no point or all points are equal."""
+    points = np.asarray(points, np.float64)
+    if len(points) == 0 or (points == points[0]).all():
+        raise act.UserError(f"expected different points, got {len(points)} equal")
+    points = points / np.abs(points).max()  # so that no square overflows
+    points = points - points.mean(0)
+    return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
+
+
+def unit_sphere(xyz: Tensor) -> Tensor:
+    """`normalize` for every cloud of a batch (B, N, 3); a cloud of equal points becomes 0."""
+    xyz = xyz.double() - xyz.double().mean(1, keepdim=True)
+    radius = xyz.norm(dim=2).amax(1)  # (B,)
+    return (xyz / radius[:, None, None].clamp(min=1e-12)).float()
+
+
+def limit_points(rows: np.ndarray) -> np.ndarray:
+    """At most MAX_POINTS of the rows, chosen at random, the same places for the same length."""
+    if len(rows) <= MAX_POINTS:
+        return rows
+    return rows[np.random.default_rng(0).choice(len(rows), MAX_POINTS, replace=False)]
+
+
+def farthest_points(xyz: np.ndarray, num: int) -> np.ndarray:
+    """act.farthest_point_sample in numpy: (n, 3) -> (num,) the same indices, num <= n."""
+    planes = np.ascontiguousarray(np.asarray(xyz, np.float32).T)  # (3, n)
+    nearest = np.full(len(xyz), np.inf, np.float32)  # squared distance to the chosen points
+    chosen = np.zeros(num, np.int64)
+    for i in range(1, num):
+        x, y, z = planes - planes[:, chosen[i - 1], None]
+        np.minimum(nearest, x * x + y * y + z * z, out=nearest)
+        chosen[i] = nearest.argmax()
+    return chosen
+
+
+# -- Augmentation ---------------------------------------------------------------------------------
+def scale_translate(
+    xyz: Tensor,
+    generator: Generator | None = None,
+    scale: tuple[float, float] = (2 / 3, 3 / 2),
+    shift: float = 0.2,
+    per_axis: bool = True,
+) -> Tensor:
+    """Each cloud of xyz (B, N, 3) scaled by U(*scale), for each axis or once for all three, then
+    moved by U(-shift, shift) an axis."""
+    options = {"generator": generator, "device": xyz.device, "dtype": xyz.dtype}
+    num_factors = 3 if per_axis else 1
+    factor = scale[0] + (scale[1] - scale[0]) * torch.rand(len(xyz), 1, num_factors, **options)
+    offset = shift * (2 * torch.rand(len(xyz), 1, 3, **options) - 1)
+    return xyz * factor + offset
+
+
+def rotate_y(xyz: Tensor, generator: Generator | None = None) -> Tensor:
+    """Each cloud of xyz (B, N, 3) turned about the y axis by an angle of its own, U(0, 2 pi)."""
+    random = torch.rand(len(xyz), 1, generator=generator, device=xyz.device, dtype=xyz.dtype)
+    angle = 2 * math.pi * random  # (B, 1)
+    cos = angle.cos()
+    sin = angle.sin()
+    x, y, z = xyz.unbind(2)  # (B, N) each
+    return torch.stack([cos * x + sin * z, y, cos * z - sin * x], dim=2)

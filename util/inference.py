@@ -1,0 +1,122 @@
+"""A trained model on whole clouds: a feature of each cloud, a label for each of its points."""
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import act
+from util import clouds, pictures
+
+BLOCK = 1.0  # metres, the side of a room's blocks
+STRIDE = 0.5  # metres from block to block
+MARGIN = 0.001  # metres around a block, so that rounding loses no point at a wall
+BATCH_SIZE = 16
+
+
+@torch.no_grad()
+def cloud_feature(model: nn.Module, xyz: torch.Tensor) -> torch.Tensor:
+    """The frozen feature [class token ; max over the patches], (B, 2 C), of clouds xyz (B, N, 3),
+    prepared as those that the model, a Student or Classifier in eval mode, was trained on."""
+    return act.global_feature(model.encoder(*model.encoder.group(xyz)))
+
+
+# -- a label for each point ------------------------------------------------------------------------
+def block_centers(low: float, high: float) -> np.ndarray:
+    """Centres of blocks along an axis from low to high; the last block ends at high."""
+    last = max(low, high - BLOCK)  # where the last block begins
+    count = int(np.ceil((last - low) / STRIDE)) + 1
+    return np.minimum(low + STRIDE * np.arange(count), last) + BLOCK / 2
+
+
+def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The blocks of 1 m x 1 m, 0.5 m apart, that cover a room (as S3DIS is tested). For each that
+    holds points of xyz (n, 3), in metres, z up: their indices (m,), and its origin (3,), which is
+    the middle in x and y, and 0, since heights stay as they are."""
+    low = xyz[:, :2].min(axis=0).astype(np.float64)
+    high = xyz[:, :2].max(axis=0).astype(np.float64)
+    reach = BLOCK / 2 + MARGIN
+    for x in block_centers(low[0], high[0]):
+        column = np.flatnonzero(abs(xyz[:, 0] - x) <= reach)
+        for y in block_centers(low[1], high[1]):
+            inside = column[abs(xyz[column, 1] - y) <= reach]
+            if len(inside):
+                yield inside, np.array([x, y, 0])
+
+
+def point_sets(xyz: np.ndarray, num_points: int, in_blocks: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Random sets, the same for the same points, that hold every point of an object, or of each
+    of a room's blocks; the last set is filled up with points of the others. Returns indices
+    (S, num_points) into xyz, and the origin of each set (S, 3)."""
+    rng = np.random.default_rng(0)
+    regions = [(np.arange(len(xyz)), np.zeros(3))]
+    if in_blocks:
+        regions = room_blocks(xyz)
+    indices = []
+    origins = []
+    for inside, origin in regions:
+        count = -(-len(inside) // num_points)  # rounded up
+        indices.append(np.resize(rng.permutation(inside), (count, num_points)))
+        origins.append(np.tile(origin, (count, 1)))
+    return np.concatenate(indices), np.concatenate(origins)
+
+
+@torch.no_grad()
+def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None) -> np.ndarray:
+    """The label of each point of an object, or of a room (for a model of clouds as stored), the
+    likeliest by the sum of its probabilities in all sets of config.points points that hold it,
+    among the parts of the category if one is given. The model, a Segmenter, is left in eval mode.
+    xyz (n, 3) -> (n,) int64, the same for the same points."""
+    c = model.config
+    device = next(model.parameters()).device
+    model.eval()
+    indices, origins = point_sets(xyz, c.points, in_blocks=not c.normalized)
+    votes = torch.zeros(len(xyz), c.num_parts, dtype=torch.float64)
+    for start in range(0, len(indices), BATCH_SIZE):
+        chosen = indices[start : start + BATCH_SIZE]  # (B, N)
+        points = torch.from_numpy(xyz[chosen] - origins[start : start + BATCH_SIZE, None])
+        if c.normalized:
+            points = clouds.unit_sphere(points)
+        categories = None
+        if category is not None:
+            categories = torch.full((len(points),), category, device=device)
+        logits = model(points.float().to(device), categories)  # (B, N, labels)
+        probability = logits.flatten(0, 1).double().softmax(dim=1)
+        votes.index_add_(0, torch.from_numpy(chosen.ravel()), probability.cpu())
+    if category is None:
+        return votes.argmax(dim=1).numpy()
+    first, end = c.part_ranges[category]
+    return votes[:, first:end].argmax(dim=1).numpy() + first
+
+
+# -- tables ----------------------------------------------------------------------------------------
+def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Rows of values -> a .csv file in UTF-8."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def label_names(config: act.SegmenterConfig) -> list[str]:
+    """The name of each label of a Segmenter; parts are numbered behind their category's name."""
+    if not config.num_categories:
+        return list(config.class_names)
+    names = [f"part {i}" for i in range(config.num_parts)]
+    for category, (first, end) in zip(config.class_names, config.part_ranges, strict=True):
+        for part in range(first, end):
+            names[part] = f"{category} part {part}"
+    return names
+
+
+def write_legend(path: str | Path, config: act.SegmenterConfig) -> tuple[list[str], np.ndarray]:
+    """Writes a .csv, colour and name, of a Segmenter's labels; returns the names and the colours
+    (labels, 3) uint8, both by label."""
+    names = label_names(config)
+    colors = np.uint8(255 * pictures.palette(config.num_parts))
+    rows = [("colour", "name")]
+    for (red, green, blue), name in zip(colors, names, strict=True):
+        rows.append((f"#{red:02x}{green:02x}{blue:02x}", name))
+    write_csv(path, rows)
+    return names, colors

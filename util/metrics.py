@@ -1,0 +1,175 @@
+"""Metrics: accuracy and IoU of labels, IoU and average precision of boxes, a linear SVM.
+
+Shapes: N and M boxes, n detections, K true boxes, C classes, D features. A box is its center (3)
+and its size (3), with faces along the axes.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+# -- labels ----------------------------------------------------------------------------------------
+def confusion(truth, predicted, num_classes: int) -> torch.Tensor:
+    """Counts (C, C) int64 of two lists of labels, a row for each true class."""
+    truth = torch.as_tensor(truth).long().cpu()
+    predicted = torch.as_tensor(predicted).long().cpu()
+    counts = torch.bincount(truth * num_classes + predicted, minlength=num_classes**2)
+    return counts.view(num_classes, num_classes)
+
+
+def accuracy(matrix: torch.Tensor) -> dict:
+    """From counts (C, C): accuracy and its mean over the classes that occur, in percent."""
+    hits = matrix.diag().double()
+    count = matrix.sum(dim=1)  # an absent class has 0 / 0 = NaN, which the mean leaves out
+    return {
+        "accuracy": 100 * (hits.sum() / count.sum()).item(),
+        "mean_accuracy": 100 * (hits / count).nanmean().item(),
+    }
+
+
+def iou(matrix: torch.Tensor) -> torch.Tensor:
+    """From counts (C, C): each class's IoU in percent, NaN if neither true nor predicted, (C,)."""
+    hits = matrix.diag()
+    union = matrix.sum(dim=0) + matrix.sum(dim=1) - hits
+    return 100 * hits.double() / union
+
+
+def print_table(matrix: torch.Tensor, names: list) -> None:
+    """From counts (C, C): prints number, accuracy and IoU of each class ("-" if it does not occur)
+    and the five classes that it is most often taken for."""
+    width = max(len(name) for name in names) + 2
+    count = matrix.sum(dim=1)
+    recalls = 100 * matrix.diag() / count
+    overlaps = iou(matrix)
+    print(f"{'class':{width}}{'number':>10}{'accuracy':>10}{'IoU':>8}  taken for")
+    for i, name in enumerate(names):
+        others = []
+        for j in matrix[i].argsort(descending=True, stable=True).tolist():
+            if matrix[i, j] > 0 and j != i:
+                others.append(f"{names[j]} {matrix[i, j]}")
+        figures = f"{recalls[i]:10.1f}{overlaps[i]:8.1f}".replace("nan", "  -")
+        print(f"{name:{width}}{count[i]:10d}{figures}  {', '.join(others[:5])}")
+    print(f"mean_accuracy is over {(count > 0).sum()} of {len(names)} classes: those that occur")
+
+
+# -- boxes -----------------------------------------------------------------------------------------
+def box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """IoU of all pairs of boxes: (..., N, 6), (..., M, 6) -> (..., N, M), 0 for flat boxes."""
+    inner, union, _ = _volumes(a, b)
+    return inner / union
+
+
+def generalized_box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """GIoU of all pairs of boxes, IoU - 1 + union / hull, from -1 to 1 (Rezatofighi et al., CVPR
+    2019): (..., N, 6), (..., M, 6) -> (..., N, M). Value and gradient are finite for flat boxes."""
+    inner, union, hull = _volumes(a, b)
+    return inner / union - 1 + union / hull
+
+
+def _volumes(a, b):
+    """Volumes (..., N, M) of the intersection, the union and the common hull of all pairs of boxes.
+    Union and hull are at least 1e-9: with metres, 1 mm^3."""
+    a = a.unsqueeze(-2)  # (..., N, 1, 6)
+    b = b.unsqueeze(-3)  # (..., 1, M, 6)
+    a_low = a[..., :3] - a[..., 3:] / 2
+    a_high = a[..., :3] + a[..., 3:] / 2
+    b_low = b[..., :3] - b[..., 3:] / 2
+    b_high = b[..., :3] + b[..., 3:] / 2
+    sides = torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)  # (..., N, M, 3)
+    inner = sides.clamp_min(0).prod(dim=-1)
+    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(dim=-1)
+    both = (a_high - a_low).prod(dim=-1) + (b_high - b_low).prod(dim=-1)
+    return inner, (both - inner).clamp_min(1e-9), hull.clamp_min(1e-9)
+
+
+def average_precision(detections: list, truths: list, num_classes: int, threshold: float) -> tuple:
+    """Average precision (the area under the envelope of precision over recall) and recall of each
+    class: two tensors (C,) float64 from 0 to 1, NaN for a class without true boxes.
+
+    `detections` has the boxes (n, 6) and scores (n, C) of each room, `truths` its true boxes (K, 6)
+    and labels (K,). In order of score, a detection takes the box of its class of highest IoU. It is
+    right if that IoU is above the threshold and no detection has taken the box before."""
+    ap = torch.zeros(num_classes, dtype=torch.float64)
+    recall = torch.zeros(num_classes, dtype=torch.float64)
+    for c in range(num_classes):
+        score, taken, count = _match(detections, truths, c, threshold)
+        order = score.argsort(descending=True, stable=True)
+        box, first = np.unique(taken[order].numpy(), return_index=True)
+        right = torch.zeros(len(order), dtype=torch.float64)
+        right[first[box >= 0]] = 1  # the first that takes a box
+        precision = right.cumsum(dim=0) / torch.arange(1, len(right) + 1)
+        envelope = precision.flip(0).cummax(dim=0).values.flip(0)
+        ap[c] = (envelope * right).sum() / count
+        recall[c] = right.sum() / count  # 0 / 0 = NaN
+    return ap, recall
+
+
+def _match(detections, truths, c, threshold):
+    """For class c, the scores of all rooms' detections, the number of the true box that each takes,
+    -1 if none, and how many true boxes there are."""
+    scores = []
+    taken = []
+    count = 0
+    for (boxes, score), (true_boxes, labels) in zip(detections, truths, strict=True):
+        true_boxes = true_boxes[labels == c]
+        overlaps = F.pad(box_iou(boxes, true_boxes), (0, 1), value=-1)  # for rooms without a box
+        best, box = overlaps.max(dim=1)
+        scores.append(score[:, c])
+        taken.append(torch.where(best > threshold, count + box, -1))
+        count += len(true_boxes)
+    return torch.cat(scores), torch.cat(taken), count
+
+
+# -- linear SVM ------------------------------------------------------------------------------------
+def linear_svm(x: torch.Tensor, labels: torch.Tensor, C: float) -> torch.Tensor:
+    """Weights (D, classes) of one-against-rest linear SVMs on x (n, D): each class's minimum of
+    |w|^2 / 2 + C sum_i max(0, 1 - y_i w . x_i)^2, where y_i is 1 in the class, else -1. Found by
+    L-BFGS, without randomness. For an intercept, append a column of ones to x."""
+    y = 2.0 * F.one_hot(labels) - 1
+    w = x.new_zeros(x.shape[1], y.shape[1])
+
+    def objective():
+        slack = (1 - y * (x @ w)).clamp_min(0)
+        w.grad = w - 2 * C * x.T @ (y * slack)
+        return w.square().sum() / 2 + C * slack.square().sum()
+
+    optimizer = torch.optim.LBFGS(
+        [w],
+        max_iter=1000,
+        tolerance_grad=1e-6 * len(x),
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+    optimizer.step(objective)
+    return w
+
+
+def svm_accuracy(
+    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor
+) -> tuple[float, float]:
+    """Percent of the test features (m, D) that a linear SVM on the train features (n, D) labels
+    right, and the SVM's C.
+
+    C is the value of 0.001, 0.01, 0.1 and 1 that is best on every fifth train feature, in order of
+    class, after training on the others. Features are standardised by the train features. The
+    intercept is penalised like any weight."""
+    mean = train.double().mean(dim=0)
+    std = train.double().std(dim=0) + 1e-6
+    order = train_labels.argsort(stable=True)
+    x = F.pad((train - mean) / std, (0, 1), value=1.0)[order]
+    y = train_labels[order]
+    queries = F.pad((test - mean) / std, (0, 1), value=1.0)
+    held_out = torch.arange(len(x), device=x.device) % 5 == 0
+    shares = {}
+    for C in (0.001, 0.01, 0.1, 1.0):
+        w = linear_svm(x[~held_out], y[~held_out], C)
+        shares[C] = _share_right(w, x[held_out], y[held_out])
+    best_C = max(shares, key=shares.get)  # the first of equally good ones
+    w = linear_svm(x, y, best_C)
+    return 100 * _share_right(w, queries, test_labels), best_C
+
+
+def _share_right(w, x, labels):
+    return ((x @ w).argmax(dim=1) == labels).double().mean().item()

@@ -1,0 +1,220 @@
+"""Checkpoints of the official implementation of ACT and of Point-MAE, in and out.
+
+student = official.load("act_pretrained.pth", num_group=64)
+official.export(student, "for_the_official_scripts.pth")
+"""
+
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch.nn as nn
+
+import act
+from util import weights
+from util.weights import Layout, below, tensor
+
+# -- Official name -> our name --------------------------------------------------------------------
+# As in util/weights.py: a row names a tensor, or a module with all that is below it.
+
+STUDENT = {
+    "ACT_encoder": "encoder",
+    "ACT_encoder.encoder": "encoder.patch_embed",
+    "ACT_encoder.blocks.blocks": "encoder.blocks",
+    "ACT_decoder": "decoder",
+    "decoder_pos_embed": "decoder_pos_embed",
+    "mask_token": "mask_token",
+    "proj_head": "head",
+}
+STUDENT_DROPPED = ("dvae_tokenizer.", "ACT_encoder.lm_head.", "ACT_encoder.cls_head.")
+OTHER_STUDENTS = {  # another head of the official implementation, and Point-MAE
+    "proj_head.0": "head",
+    "MAE_encoder": "encoder",
+    "MAE_encoder.encoder": "encoder.patch_embed",
+    "MAE_encoder.blocks.blocks": "encoder.blocks",
+    "MAE_decoder": "decoder",
+    "increase_dim.0": "head",
+}
+
+ENCODER = {"encoder": "encoder.patch_embed", "blocks.blocks": "encoder.blocks"}
+for name in ("reduce_dim", "pos_embed", "cls_token", "cls_pos", "norm"):
+    ENCODER[name] = f"encoder.{name}"
+CLASSIFIER = ENCODER | {"cls_head_finetune": "head"}
+SEGMENTER = ENCODER | {"label_conv": "label_conv"}
+SEGMENTER |= below("propagation_0.mlp_convs", "propagation", {"0": "0", "1": "3"})
+SEGMENTER |= below("propagation_0.mlp_bns", "propagation", {"0": "1", "1": "4"})
+SEGMENTER |= {"convs1": "head.0", "convs2": "head.4", "convs3": "head.7"}
+SEGMENTER |= {"bns1": "head.1", "bns2": "head.5"}
+
+SAME = ("encoder", "codebook", "dgcnn_{}", "proj_pre", "proj_post", "visual_pos_embed", "decoder")
+PROMPTS = ("visual_prompt_token", "visual_prompt_pos", "deep_prompt_tokens", "deep_prompt_pos")
+EDGE_CONV = {"0": "linear", "1": "norm"}
+TEACHER = {name: name for name in SAME + PROMPTS}
+for layer in ("dgcnn_{}.layer1", "dgcnn_{}.layer2", "dgcnn_{}.layer3", "dgcnn_{}.layer4"):
+    TEACHER |= below(layer, layer, EDGE_CONV)
+
+# What a teacher calls its trunk -> the name in the layout that the trunk was published in.
+VIT_TRUNK = {"visual_embed.0": "blocks", "visual_embed.1": "norm"}
+BERT_TRUNK = {"visual_embed.0.layer": "encoder.layer"}
+CLIP_TRUNK = {"visual_embed.0": "visual.ln_pre", "visual_embed.2": "visual.ln_post"}
+CLIP_TRUNK |= {"visual_embed.1": "visual.transformer.resblocks"}
+TRUNKS = (
+    Layout("visual_embed.0.0.norm1.weight", VIT_TRUNK),
+    Layout("visual_embed.1.0.ln_1.weight", CLIP_TRUNK),
+    Layout("visual_embed.0.layer.0.output.LayerNorm.weight", BERT_TRUNK),
+)
+
+
+# -- Reading --------------------------------------------------------------------------------------
+# One function a kind: official tensors -> (state dict under our names, config read off it). What no
+# tensor shows is left to the defaults, the paper's.
+
+
+def load(path, device="cpu", **sizes) -> nn.Module:
+    """The Teacher, Student, Classifier or Segmenter of an official checkpoint, in eval mode.
+
+    Reads files of ACT's and of Point-MAE's official implementation, and what export() wrote. Sizes
+    are read off the tensors; what those cannot show comes from `sizes`, else it is the paper's:
+    heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with a downstream head),
+    group_size 32. A class token, which Point-MAE has not, is newly initialised with a warning.
+    UserError if the file is missing, broken, of no known kind or unfit."""
+    obj = weights.read_tensors(path)
+    state = weights.find_state_dict(obj, path)
+    kind, read = find_kind(state, path)
+    state, config = read(state, path)
+    if isinstance(obj.get("config"), dict):  # of export()
+        config = obj["config"]
+    config = config | sizes
+    if kind == "Teacher" and "num_heads" in config:
+        config["backbone"] = replace(config["backbone"], num_heads=config.pop("num_heads"))
+    model_class, config_class = act.KINDS[kind]
+    try:
+        model = model_class(config_class(**config))
+    except (TypeError, ValueError, RuntimeError) as error:  # of sizes that fit no model
+        raise act.UserError(f"{path}: its sizes make no {kind}: {error}") from error
+    if kind == "Student" and "encoder.cls_token" not in state:
+        message = f"{path}: no class token; encoder.cls_token and cls_pos are newly initialised"
+        warnings.warn(message, stacklevel=2)
+        for name in ("encoder.cls_token", "encoder.cls_pos"):
+            state[name] = model.get_parameter(name).detach()
+    return act.load_exactly(model, state, path).to(device).eval()
+
+
+def rename(state: dict, names: dict, path, dropped: tuple = ()) -> dict:
+    """The tensors under our names; 1 x 1 convolutions (out, in, 1) are matrices (out, in) here."""
+    state = weights.rename(state, names, dropped, path)
+    for key, value in state.items():
+        if key.endswith(".weight") and value.ndim > 2:
+            state[key] = value.flatten(1)
+    return state
+
+
+def count_blocks(state: dict, prefix: str) -> int:
+    return sum(key.startswith(prefix) and key.endswith(".norm1.weight") for key in state)
+
+
+def encoder_config(state: dict, path) -> dict:
+    width = len(tensor(state, "encoder.norm.weight", 1, path))
+    patch_embed = tensor(state, "encoder.patch_embed.second_conv.3.weight", 2, path)
+    return {
+        "width": width,
+        "depth": count_blocks(state, "encoder.blocks."),
+        "num_heads": max(1, width // 64),
+        "encoder_dims": len(patch_embed),
+    }
+
+
+def read_student(state: dict, path) -> tuple[dict, dict]:
+    state = rename(state, STUDENT | OTHER_STUDENTS, path, STUDENT_DROPPED)
+    config = encoder_config(state, path)
+    config["decoder_depth"] = count_blocks(state, "decoder.blocks.")
+    config["target_dim"] = len(tensor(state, "head.weight", 2, path))
+    if "encoder.cls_token" not in state:  # Point-MAE, which predicts the points of a patch
+        config["group_size"] = config["target_dim"] // 3
+    return state, config
+
+
+def read_classifier(state: dict, path) -> tuple[dict, dict]:
+    state = rename(state, CLASSIFIER, path)
+    config = encoder_config(state, path)
+    config["head"] = "mlp3" if "head.8.weight" in state else "linear"
+    last = "head.8.weight" if config["head"] == "mlp3" else "head.0.weight"
+    config["num_classes"] = len(tensor(state, last, 2, path))
+    return state, config
+
+
+def read_segmenter(state: dict, path) -> tuple[dict, dict]:
+    """The names of the head end in _cls, but for older files."""
+    state = {key.replace("_cls.", "."): value for key, value in state.items()}
+    state = rename(state, SEGMENTER, path)
+    config = encoder_config(state, path)
+    config["num_parts"] = len(tensor(state, "head.7.weight", 2, path))
+    config["num_categories"] = 0
+    if "label_conv.0.weight" in state:
+        config["num_categories"] = tensor(state, "label_conv.0.weight", 2, path).shape[1]
+    return state, config
+
+
+def read_teacher(state: dict, path) -> tuple[dict, dict]:
+    state = weights.without_prefixes(state, ("dvae_tokenizer.",))
+    trunk = {key: value for key, value in state.items() if key.startswith("visual_embed.")}
+    layout = weights.find_layout(trunk, TRUNKS, path)
+    trunk = weights.rename(trunk, layout.names, (), path)
+    trunk, backbone = weights.translate(trunk, None, path)
+    state = rename(state, TEACHER, path, ("visual_embed.",))
+    num_codes, tokens_dims = tensor(state, "codebook", 2, path).shape
+    prompt = "none"
+    num_prompt = 0
+    if "visual_prompt_token" in state:
+        prompt = "shallow"
+        num_prompt = tensor(state, "visual_prompt_token", 3, path).shape[1]
+    if "deep_prompt_tokens" in state:
+        prompt = "deep"
+    config = {
+        "group_size": len(tensor(state, "decoder.mlp.4.weight", 2, path)) * 4 // 3,  # (S / 4, 3)
+        "encoder_dims": len(tensor(state, "encoder.second_conv.3.weight", 2, path)),
+        "tokens_dims": tokens_dims,
+        "decoder_dims": len(tensor(state, "dgcnn_2.layer5.0.weight", 2, path)),
+        "num_tokens": num_codes,
+        "prompt": prompt,
+        "num_prompt": num_prompt,
+        "backbone": backbone,
+        "weights": Path(path).name,
+    }
+    return state | {f"backbone.{key}": value for key, value in trunk.items()}, config
+
+
+KINDS = (  # a tensor that no other kind has; a student's file can hold its teacher, so it is first
+    ("ACT_encoder.norm.weight", "Student", read_student),
+    ("MAE_encoder.norm.weight", "Student", read_student),
+    ("codebook", "Teacher", read_teacher),
+    ("dvae_tokenizer.codebook", "Teacher", read_teacher),
+    ("convs3_cls.weight", "Segmenter", read_segmenter),
+    ("convs3.weight", "Segmenter", read_segmenter),
+    ("cls_head_finetune.0.weight", "Classifier", read_classifier),
+)
+
+
+def find_kind(state: dict, path):
+    """The name of the class that official tensors belong to, and the function that reads them."""
+    for mark, kind, read in KINDS:
+        if mark in state:
+            return kind, read
+    first = ", ".join(list(state)[:3])
+    raise act.UserError(f"{path}: expected an official checkpoint, got tensors such as {first}")
+
+
+# -- Writing --------------------------------------------------------------------------------------
+
+
+def export(student: act.Student, path) -> None:
+    """Writes our Student under the official names and in the form of the official files, for the
+    official fine-tuning scripts. Our config stands beside: load() gives the same student back."""
+    names = {our: official for official, our in STUDENT.items()}
+    state = weights.rename(student.state_dict(), names, (), path)
+    for key, value in state.items():
+        if key.endswith(("_conv.0.weight", "_conv.3.weight")):
+            value = value.unsqueeze(-1)  # of a 1 x 1 convolution
+        state[key] = value.cpu()
+    checkpoint = {"base_model": state, "config": asdict(student.config), "epoch": 0}
+    act.save(checkpoint | {"metrics": {}, "best_metrics": {}}, path)

@@ -1,0 +1,195 @@
+"""Pictures without a package: clouds as .png and coloured .ply, the curves of a run as .svg."""
+
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from util import files
+
+SIN_ASIDE = 0.5736  # Clouds are seen from 35 degrees aside and 20 degrees above.
+COS_ASIDE = 0.8192
+SIN_ABOVE = 0.3420
+COS_ABOVE = 0.9397
+CAMERA = (  # rows: to the right, up, towards the viewer
+    (COS_ASIDE, 0, -SIN_ASIDE),
+    (-SIN_ABOVE * SIN_ASIDE, COS_ABOVE, -SIN_ABOVE * COS_ASIDE),
+    (COS_ABOVE * SIN_ASIDE, SIN_ABOVE, COS_ABOVE * COS_ASIDE),
+)
+BORDER = 3  # white pixels around each cloud of a gallery
+SPACING = 2.5  # between the clouds of a gallery's .ply, each about as large as the unit ball
+HUES = bytes.fromhex("3b6fb6e8833a4a9c5dc94f4f8a63b08c6150d77fb57a7a7ab5aa3c3fb1c0")
+TEST_METRICS = ("accuracy", "ap25", "cd_l1", "instance_miou", "miou")  # a chart shows the first
+
+
+# -- Images ---------------------------------------------------------------------------------------
+def write_png(path: str | Path, image: np.ndarray) -> None:
+    """Writes an image (H, W, 3) uint8, x to the right and y down."""
+    H, W, _ = image.shape
+    rows = np.pad(image.reshape(H, 3 * W), ((0, 0), (1, 0)))  # filter 0 before each row
+    header = np.array([W, H], ">u4").tobytes() + bytes([8, 2, 0, 0, 0])  # 8 bits a channel, RGB
+    with files.complete_file(path) as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"):
+            file.write((len(chunk) - 4).to_bytes(4, "big"))
+            file.write(chunk)
+            file.write(zlib.crc32(chunk).to_bytes(4, "big"))
+
+
+def disc(radius: float) -> np.ndarray:
+    """The pixels of a disc about 0 -> (2, D) offsets in rows and columns."""
+    steps = np.arange(-radius, radius + 1)
+    grid = np.stack(np.meshgrid(steps, steps, indexing="ij")).reshape(2, -1)
+    return grid[:, np.hypot(grid[0], grid[1]) <= radius]
+
+
+def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = 320) -> np.ndarray:
+    """A cloud (N, 3) as discs on white -> (size, size, 3) uint8.
+
+    y is up and the frame holds the unit ball. Nearer discs hide farther ones, which are paler.
+    colors: (N, 3) in 0..1, by height if not given. Points that are not finite are left out."""
+    xyz = np.asarray(xyz, np.float64)
+    if colors is None:
+        level = np.clip(0.5 + xyz[:, 1:2] / 2, 0, 1)
+        colors = [0.10, 0.20, 0.52] + level * [0.15, 0.52, 0.34]  # dark to light blue
+    finite = np.isfinite(xyz).all(1)
+    colors = np.clip(np.asarray(colors)[finite], 0, 1)
+    right, up, near = np.array(CAMERA) @ xyz[finite].T  # (N,) each
+    order = np.argsort(near)  # the far ones first
+
+    S = 2 * size  # The picture is painted at twice its size and averaged, so that edges are smooth.
+    centers = np.clip(S / 2 + 0.46 * S * np.stack([-up, right]), -S, 2 * S)  # (2, N)
+    radius = np.clip(0.52 * S / math.sqrt(len(near) + 1), 1.5, 0.02 * S)  # smaller if many
+    pixels = centers[:, order, None] + disc(radius)[:, None]  # (2, N, D)
+    rows, columns = np.rint(pixels).astype(int)
+    fade = (0.45 + 0.55 * np.clip(0.5 + near / 2, 0, 1))[:, None]
+    paint = (colors * fade + 1 - fade)[order, None].repeat(rows.shape[1], 1)  # (N, D, 3)
+    inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)
+
+    canvas = np.ones((S, S, 3))
+    canvas[rows[inside], columns[inside]] = paint[inside]
+    image = canvas.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
+    return (255 * image).round().astype(np.uint8)
+
+
+# -- Colours --------------------------------------------------------------------------------------
+def palette(n: int) -> np.ndarray:
+    """n distinct colours in a fixed order, (n, 3) in 0..1: ten hues, then darker and lighter."""
+    hues = np.frombuffer(HUES, np.uint8).reshape(10, 3)[np.arange(n) % 10] / 255
+    tier = np.arange(n)[:, None] // 10
+    keep = 0.6 ** ((tier + 1) // 2)
+    return hues * keep + (1 - keep) * (tier % 2 == 0)
+
+
+def pca_colors(features: list[np.ndarray]) -> list[np.ndarray]:
+    """Features [(N, C), ...] -> colours [(N, 3), ...]: the first three principal components of all
+    of them together, 2nd to 98th percentile to 0..1."""
+    values = np.concatenate([np.asarray(array, np.float64) for array in features])
+    _, _, axes = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
+    axes = axes[:3]
+    largest = np.abs(axes).argmax(axis=1)
+    signs = np.sign(axes[np.arange(len(axes)), largest])  # the decomposition leaves them open
+    scores = values @ (axes * signs[:, None]).T
+    low, high = np.percentile(scores, [2, 98], axis=0)
+    colors = np.clip((scores - low) / np.maximum(high - low, 1e-9), 0, 1)
+    colors = np.pad(colors, ((0, 0), (0, 3 - len(axes))), constant_values=0.5)
+    return np.split(colors, np.cumsum([len(array) for array in features])[:-1])
+
+
+# -- Galleries ------------------------------------------------------------------------------------
+def write_gallery(path: str | Path, rows: list, columns: int | None = None) -> None:
+    """Clouds side by side, as a picture `path`.png and as one coloured cloud `path`.ply.
+
+    rows: equally long lists of (xyz (N, 3), colors (N, 3) in 0..1 or None); columns: clouds to a
+    line of the picture, if several rows shall share a line."""
+    if columns is None:
+        columns = len(rows[0])
+    clouds = []
+    for row in rows:
+        clouds.extend(row)
+    write_tiles(Path(path).with_suffix(".png"), clouds, columns)
+    write_spread(Path(path).with_suffix(".ply"), clouds, columns)
+
+
+def write_tiles(path: Path, clouds: list, columns: int) -> None:
+    """The picture of a gallery: clouds in lines of `columns`, the last one filled with white."""
+    border = ((BORDER, BORDER), (BORDER, BORDER), (0, 0))
+    tiles = []
+    for xyz, colors in clouds:
+        tiles.append(np.pad(render(xyz, colors), border, constant_values=255))
+    while len(tiles) % columns != 0:
+        tiles.append(np.full_like(tiles[0], 255))
+    lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    write_png(path, np.vstack(lines))
+
+
+def write_spread(path: Path, clouds: list, columns: int) -> None:
+    """The cloud of a gallery: its clouds side by side, grey where they have no colours."""
+    placed = []
+    painted = []
+    for i, (xyz, colors) in enumerate(clouds):
+        if colors is None:
+            colors = np.full(xyz.shape, 0.5)
+        place = [SPACING * (i % columns), -SPACING * (i // columns), 0]
+        placed.append(xyz + np.array(place, np.float32))
+        painted.append(colors)
+    files.write_ply(path, np.concatenate(placed), np.uint8(255 * np.concatenate(painted)))
+
+
+# -- Charts ---------------------------------------------------------------------------------------
+def write_chart(path: str | Path, rows: list[dict]) -> None:
+    """The rows of metrics.jsonl -> .svg: the loss and, on the right, a test metric over steps.
+
+    Rows of steps have "loss". Rows of epochs have "loss_epoch", drawn if there are no others."""
+    epochs = [row for row in rows if "loss_epoch" in row]
+    loss_by_step = curve(rows, "loss")
+    loss_by_epoch = curve(rows, "loss_epoch")
+    last = max([step for step, _ in loss_by_step + loss_by_epoch], default=1)
+    svg = [
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 400' font-size='12'>"
+        "<path d='M60 30V350H580V30' fill='none' stroke='gray'/>"
+    ]
+    for i in range(5):
+        svg.append(chart_text(60 + 130 * i, 370, "middle", "black", last * i // 4))
+    if not loss_by_step:
+        loss_by_step = loss_by_epoch
+    svg += chart_line("loss", loss_by_step, last, 52, "end", "#3b6fb6")
+    for metric in TEST_METRICS:
+        if curve(epochs, metric):
+            svg += chart_line(metric, curve(epochs, metric), last, 588, "start", "#c94f4f")
+            break
+    svg.append("<text x='320' y='392'>step</text></svg>\n")
+    Path(path).write_text("\n".join(svg))
+
+
+def curve(rows: list[dict], name: str) -> list[tuple]:
+    """The (step, value) of the rows that have a value of that name."""
+    return [(row["step"], row[name]) for row in rows if name in row]
+
+
+def chart_line(name: str, points: list, last: int, x: int, anchor: str, color: str) -> list[str]:
+    """A line through (step, value) points and the values along its axis at x."""
+    values = np.array([value for _, value in points])
+    if not points:
+        values = np.array([0, 1])
+    low = values.min()
+    ticks = [f"{tick:.3g}" for tick in np.linspace(low, values.max(), 5)]
+    svg = []
+    for i, label in enumerate(ticks + [name]):
+        svg.append(chart_text(x, max(16, 354 - 80 * i), anchor, color, label))
+
+    span = np.ptp(values)
+    if span == 0:
+        span = 1
+    line = []
+    for step, value in points:
+        right = 60 + 520 * step / last
+        down = 350 - 320 * (value - low) / span
+        line.append(f"{right:.1f},{down:.1f}")
+    svg.append(f"<polyline points='{' '.join(line)}' fill='none' stroke='{color}'/>")
+    return svg
+
+
+def chart_text(x: int, y: int, anchor: str, color: str, content: str | int) -> str:
+    return f"<text x='{x}' y='{y}' text-anchor='{anchor}' fill='{color}'>{content}</text>"

@@ -1,0 +1,414 @@
+"""Public weights of image and text Transformers: by name or from a file, in every common layout.
+
+    backbone = weights.load_pretrained("vit_base_patch16_384")
+    backbone = weights.load_pretrained("clip/ViT-B-16.pt")
+
+Nothing in a file runs. A key that the layout does not know is an error, and so is a missing one.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import sys
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import act
+from util import files
+
+AUGREG = (
+    "https://storage.googleapis.com/vit_models/augreg/{}_16-i21k-300ep-lr_0.001-aug_{}-wd_{}"
+    "-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_{}-res_{}.npz"
+)
+META = "https://dl.fbaipublicfiles.com/"
+HUGGING_FACE = "https://huggingface.co/{}/resolve/main/model.safetensors"
+
+PUBLISHED = {
+    "vit_tiny_patch16_224": AUGREG.format("Ti", "none", "0.03", "0.03", 224),
+    "vit_small_patch16_384": AUGREG.format("S", "light1", "0.03", "0.03", 384),
+    "vit_base_patch16_384": AUGREG.format("B", "medium1", "0.1", "0.01", 384),
+    "deit_tiny_patch16_224": META + "deit/deit_tiny_patch16_224-a1311bcf.pth",
+    "deit_small_patch16_224": META + "deit/deit_small_patch16_224-cd65a155.pth",
+    "deit_base_patch16_224": META + "deit/deit_base_patch16_224-b5f2ef4d.pth",
+    "deit_base_distilled_patch16_384": META + "deit/deit_base_distilled_patch16_384-d0272ac0.pth",
+    "dino_vits16": META + "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "dino_vitb16": META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "dinov2_vits14": META + "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2_vitb14": META + "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "mae_vit_base": META + "mae/pretrain/mae_pretrain_vit_base.pth",
+    "clip_vit_b16": "https://openaipublic.azureedge.net/clip/models/"
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "bert_base": HUGGING_FACE.format("google-bert/bert-base-uncased"),
+    "roberta_base": HUGGING_FACE.format("FacebookAI/roberta-base"),
+    "minilm_l6": HUGGING_FACE.format("sentence-transformers/all-MiniLM-L6-v2"),
+}
+SHA256 = re.compile("[-/]([0-9a-f]{8,64})[./]")  # in an address: how the file's hash begins
+NUM_HEADS = {"minilm_l6": 12}  # the only published model whose heads are not 64 wide
+CONFIG_TYPES = {"num_attention_heads": int, "hidden_size": int, "layer_norm_eps": float}
+
+# -- Layouts --------------------------------------------------------------------------------------
+# A row of a table names a tensor, or a module with all that is below it, and timm's name of it.
+# {} is the number of a block. The nearest row counts: that of the tensor, else of its module.
+
+
+def below(old: str, new: str, names: dict) -> dict:
+    """The rows for what is below a module, which is called `old` in the file and `new` in timm."""
+    return {f"{old}.{key}": f"{new}.{value}" for key, value in names.items()}
+
+
+IN_PROJ = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias", "out_proj": "proj"}
+QKV = {"query": "q", "key": "k", "value": "v"}
+QKV_PROJ = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
+# In Hugging Face's BERT and in its older ViT:
+DENSE = {"attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"}
+DENSE |= {"output.dense": "mlp.fc2"}
+
+TIMM_NAMES = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "blocks", "norm")
+TIMM = {name: name for name in TIMM_NAMES} | {"register_tokens": "reg_token"}
+TORCHVISION = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
+TORCHVISION |= {"conv_proj": "patch_embed.proj", "encoder.ln": "norm"}
+TORCHVISION_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
+TORCHVISION_BLOCK |= {"mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"}  # the older spelling
+TORCHVISION_BLOCK |= below("self_attention", "attn", IN_PROJ)
+TORCHVISION |= below("encoder.layers.encoder_layer_{}", "blocks.{}", TORCHVISION_BLOCK)
+CLIP = {"visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed"}
+CLIP |= {"visual.conv1": "patch_embed.proj"}
+CLIP |= {"visual.ln_pre": "norm_pre", "visual.ln_post": "norm"}
+CLIP_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+CLIP_BLOCK |= below("attn", "attn", IN_PROJ)
+CLIP |= below("visual.transformer.resblocks.{}", "blocks.{}", CLIP_BLOCK)
+JAX = {"cls": "cls_token", "Transformer.posembed_input.pos_embedding": "pos_embed"}
+JAX |= {"embedding": "patch_embed.proj", "Transformer.encoder_norm": "norm"}
+JAX_BLOCK = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2"}
+JAX_BLOCK |= {"MlpBlock_3.Dense_0": "mlp.fc1", "MlpBlock_3.Dense_1": "mlp.fc2"}
+JAX_BLOCK |= below("MultiHeadDotProductAttention_1", "attn", QKV | {"out": "proj"})
+JAX |= below("Transformer.encoderblock_{}", "blocks.{}", JAX_BLOCK)
+VIT = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed"}
+VIT |= {"embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm"}
+VIT_NORMS = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+OLDER_BLOCK = VIT_NORMS | DENSE | below("attention.attention", "attn", QKV)
+NEWER_BLOCK = VIT_NORMS | {"mlp": "mlp"} | below("attention", "attn", QKV_PROJ)
+VIT |= below("encoder.layer.{}", "blocks.{}", OLDER_BLOCK)
+VIT |= below("layers.{}", "blocks.{}", NEWER_BLOCK)
+BERT_BLOCK = {"attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2"}
+BERT_BLOCK |= DENSE | below("attention.self", "attn", QKV)
+BERT = below("encoder.layer.{}", "blocks.{}", BERT_BLOCK)
+
+WRAPPINGS = ("model", "state_dict", "teacher", "base_model", "model_state_dict")
+PREFIXES = ("module.", "backbone.", "base_model.", "opt.target.")
+TIMM_DROPPED = ("head.", "head_dist.", "pre_logits.", "dino_head.", "ibot_head.")
+MAE_DROPPED = ("mask_token", "decoder_")
+CLIP_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
+CLIP_OTHERS = ("visual.proj", "text_projection", "logit_scale", "input_resolution")
+CLIP_OTHERS += ("context_length", "vocab_size")
+VIT_DROPPED = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
+BERT_DROPPED = ("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.")
+
+CLIP_KIND = {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}
+BERT_KIND = {"eps": 1e-12, "norm_first": False}
+
+
+class Layout(NamedTuple):
+    mark: str  # the tensor by whose name the layout is recognised
+    names: dict  # old name -> new name
+    dropped: tuple = ()  # how the names of tensors begin that are of no use here
+    kind: dict = {}  # fields of act.BackboneConfig that are not as in timm's ViT
+
+
+CLIP_MARK = "visual.transformer.resblocks.0.ln_1.weight"
+LAYOUTS = (
+    Layout("blocks.0.norm1.weight", TIMM, TIMM_DROPPED + MAE_DROPPED),
+    Layout("encoder.layers.encoder_layer_0.ln_1.weight", TORCHVISION, ("heads.",)),
+    Layout(CLIP_MARK, CLIP, CLIP_TEXT + CLIP_OTHERS, CLIP_KIND),
+    Layout("Transformer.encoderblock_0.LayerNorm_0.scale", JAX, ("head.", "pre_logits.")),
+    Layout("encoder.layer.0.layernorm_before.weight", VIT, VIT_DROPPED, {"eps": 1e-12}),
+    Layout("layers.0.layernorm_before.weight", VIT, VIT_DROPPED, {"eps": 1e-12}),
+    Layout("encoder.layer.0.output.LayerNorm.weight", BERT, BERT_DROPPED, BERT_KIND),
+)
+
+
+def find_layout(state: dict, layouts: tuple, path) -> Layout:
+    """The first of the layouts whose mark is in the state dict, else UserError."""
+    for layout in layouts:
+        if layout.mark in state:
+            return layout
+    first = ", ".join(list(state)[:3])
+    raise act.UserError(f"{path}: expected tensors of a known layout, got names such as {first}")
+
+
+def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
+    """The state dict under new names, without what is dropped. UserError: unknown or doubled."""
+    filled = {}  # the table with a row for each block; there are fewer blocks than tensors
+    for number in range(len(state)):
+        for old, new in names.items():
+            filled[old.format(number)] = new.format(number)
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith(dropped):
+            continue
+        row = key
+        while row not in filled and "." in row:
+            row = row.rpartition(".")[0]
+        if row not in filled:
+            raise act.UserError(f"{path}: unexpected key {key}, it is not in this layout")
+        new_key = filled[row] + key.removeprefix(row)
+        if new_key in renamed:
+            raise act.UserError(f"{path}: unexpected key {key}, there is another {new_key}")
+        renamed[new_key] = value
+    return renamed
+
+
+# -- What a file holds ----------------------------------------------------------------------------
+
+
+class Unread:
+    """Stands for what numpy's scalars among the metrics call as they load: none of it runs."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+NUMPY_NAMES = [(Unread, "numpy.dtype"), (Unread, "numpy.ndarray"), (Unread, "_codecs.encode")]
+for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
+    NUMPY_NAMES += [(Unread, f"{module}.scalar"), (Unread, f"{module}._reconstruct")]
+
+
+@contextmanager
+def parsing(path):
+    """Around one call of a foreign parser, which may raise anything: it becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).rpartition("error: ")[2].strip().partition("\n")[0]
+        if "GLOBAL " in str(error):  # torch.load names the code amid advice to run it
+            name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
+            reason = f"code that would run: {name}"
+        found = f"{type(error).__name__} {reason}"
+        raise act.UserError(f"{path}: expected a readable weight file, got {found}") from error
+
+
+def read_tensors(path):
+    """What a weight file holds, on the CPU: .pth, .safetensors, .npz or TorchScript, by content.
+
+    Nothing in the file runs: what is not a tensor, an array or a plain value is a UserError."""
+    with files.reading(path), open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # 8 bytes with a length, then a header in JSON
+        safetensors = files.require("safetensors.torch", "safetensors")
+        with parsing(path):
+            return safetensors.load_file(path)
+    if head.startswith(b"PK"):
+        with parsing(path), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if all(name.endswith(".npy") for name in names):
+            with parsing(path), np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if any(name.endswith("/constants.pkl") for name in names):
+            return read_torchscript(path)
+    with parsing(path), torch.serialization.safe_globals(NUMPY_NAMES), open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def read_torchscript(path) -> dict:
+    """The tensors of an archive without a method __setstate__, which would run as it is loaded."""
+    with parsing(path), zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():  # a name can be there twice, and torch ignores its case
+            is_code = entry.filename.lower().endswith(".py")
+            if is_code and b"__setstate__" in archive.read(entry):
+                raise act.UserError("code that would run")
+        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+
+
+def find_state_dict(obj, path) -> dict:
+    """The tensors by name inside the usual wrappings, without the prefixes of wrappers."""
+    for key in WRAPPINGS:
+        if isinstance(obj, dict) and isinstance(obj.get(key), dict):
+            obj = obj[key]
+    state = {}
+    if isinstance(obj, dict):
+        for key, value in obj.items():
+            if isinstance(value, torch.Tensor):
+                state[str(key).replace("/", ".")] = value
+    if not state:
+        raise act.UserError(f"{path}: expected a state dict, got no tensors by name")
+    return without_prefixes(state, PREFIXES)
+
+
+def without_prefixes(state: dict, prefixes: tuple) -> dict:
+    """The state dict with names that begin with none of these prefixes."""
+    stripped = {}
+    for key, value in state.items():
+        while key.startswith(prefixes):
+            for prefix in prefixes:
+                key = key.removeprefix(prefix)
+        stripped[key] = value
+    return stripped
+
+
+def tensor(state: dict, name: str, ndim: int, path) -> torch.Tensor:
+    """The tensor of this name and number of dimensions, else UserError."""
+    if name not in state:
+        raise act.UserError(f"{path}: missing key {name}")
+    if state[name].ndim != ndim:
+        shape = tuple(state[name].shape)
+        raise act.UserError(f"{path}: {name}: expected {ndim} dimensions, got the shape {shape}")
+    return state[name]
+
+
+def fuse_qkv(state: dict, path) -> dict:
+    """The state dict with query, key and value matrices fused to one, in that order, as in timm."""
+    fused = dict(state)
+    for query in state:
+        if ".attn.q." not in query:
+            continue
+        parts = []
+        for letter in ("q", "k", "v"):
+            name = query.replace(".attn.q.", f".attn.{letter}.")
+            parts.append(tensor(state, name, state[query].ndim, path))
+            del fused[name]
+        try:
+            fused[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+        except RuntimeError as error:  # of shapes that do not go together
+            raise act.UserError(f"{path}: {query} and its key and value: {error}") from error
+    return fused
+
+
+def from_jax(state: dict, path) -> dict:
+    """JAX's kernels are (in, out), with the heads as an axis of their own, and (H, W, in, out) of a
+    convolution; torch's weights are (out, in) and (out, in, H, W)."""
+    converted = {}
+    for key, value in state.items():
+        if key == "patch_embed.proj.kernel":
+            value = tensor(state, key, 4, path).permute(3, 2, 0, 1)
+        elif key.endswith(".kernel") and ".mlp." in key:
+            value = tensor(state, key, 2, path).t()
+        elif key.endswith(".attn.proj.kernel"):
+            value = tensor(state, key, 3, path).flatten(0, 1).t()  # (heads, C / heads, out)
+        elif key.endswith(".kernel"):
+            value = tensor(state, key, 3, path).flatten(1).t()  # (in, heads, C / heads)
+        elif key.endswith(".bias"):
+            value = value.flatten()
+        converted[key.replace(".kernel", ".weight").replace(".scale", ".weight")] = value
+    return converted
+
+
+# -- Backbones, by name or from a file -------------------------------------------------------------
+
+
+def pretrained_names() -> dict[str, str]:
+    """The names that load_pretrained knows, each with the address of its file."""
+    return dict(PUBLISHED)
+
+
+def download(name: str) -> Path:
+    """The file of a published name in torch.hub's cache, fetched on first use, else UserError."""
+    url = PUBLISHED[name]
+    file_name = url.rpartition("/")[2]
+    if file_name == "model.safetensors":  # so many models call it
+        file_name = f"{name}.safetensors"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    if path.exists():
+        return path
+    with files.reading(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{file_name}.{os.getpid()}.tmp")
+    try:
+        fetch(url, unfinished)
+        read_tensors(unfinished)  # neither half a file nor the page of a proxy
+        os.replace(unfinished, path)
+    except (OSError, http.client.HTTPException, act.UserError) as error:
+        message = f"{path}: expected the weights {name}, but {url} gave none ({error})"
+        raise act.UserError(f"{message}; download that file by other means") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def fetch(url: str, path: Path) -> None:
+    """Writes what the address holds to the path; UserError if it states another hash."""
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+    with urllib.request.urlopen(request, timeout=10) as response, open(path, "wb") as file:
+        print(f"downloading {url}", file=sys.stderr)
+        shutil.copyfileobj(response, file)
+    stated = SHA256.search(url)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if stated and not digest.startswith(stated[1]):
+        raise act.UserError(f"expected the hash {stated[1]}, got {digest}")
+
+
+def load_pretrained(name_or_path, num_heads: int | None = None) -> act.Backbone:
+    """A pretrained Backbone in eval mode, by a name of pretrained_names() or from a file.
+
+    Layouts: timm / DeiT / MAE / DINO / DINOv2, torchvision, Hugging Face ViT, OpenAI CLIP (visual),
+    JAX AugReg .npz, BERT, RoBERTa. Heads: those of config.json beside the file, else `num_heads`,
+    else those of the file (JAX), else width // 64. UserError if the file is missing, broken, of
+    another family, or has a key too many or too few."""
+    name = str(name_or_path)
+    path = Path(name)
+    if name in PUBLISHED:
+        path = download(name)
+        num_heads = num_heads or NUM_HEADS.get(name)
+    if not path.is_file():
+        raise act.UserError(f"{path}: expected a file or one of the names {', '.join(PUBLISHED)}")
+    published = read_config(path)
+    num_heads = published.get("num_attention_heads", num_heads)
+    state = find_state_dict(read_tensors(path), path)
+    state, config = translate(state, num_heads, path)
+    config.eps = published.get("layer_norm_eps", config.eps)
+    width = published.get("hidden_size", config.width)
+    if width != config.width:
+        raise act.UserError(f"{path}: config.json: expected width {config.width}, got {width}")
+    return act.build_backbone(state, config, path)
+
+
+def translate(state: dict, num_heads: int | None, path) -> tuple[dict, act.BackboneConfig]:
+    """The state dict under timm's names, whatever its layout, and the config of its blocks."""
+    roberta = any(key.startswith("roberta.") for key in state)
+    positions = state.get("embeddings.position_embeddings.weight", torch.empty(0))
+    state = without_prefixes(state, ("vit.", "bert.", "roberta."))
+    for key in list(state):  # as older files call a LayerNorm's weight and bias
+        new_key = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+        state[new_key.replace("LayerNorm.beta", "LayerNorm.bias")] = state.pop(key)
+    layout = find_layout(state, LAYOUTS, path)
+    state = rename(state, layout.names, layout.dropped, path)
+    if layout.names is JAX:
+        query = tensor(state, "blocks.0.attn.q.kernel", 3, path)  # (C, heads, C / heads)
+        num_heads = num_heads or query.shape[1]
+        state = from_jax(state, path)
+    state = fuse_qkv(state, path)
+    config = replace(act.backbone_config(state, path, num_heads), **layout.kind)
+    if roberta or positions.shape[:1] == (514,):  # 512 and the 2 that RoBERTa adds
+        config.eps = 1e-5
+    return state, config
+
+
+def read_config(path: Path) -> dict:
+    """The config.json beside a weight file, as Hugging Face publishes it; {} if there is none."""
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a ValueError of the JSON or of the UTF-8
+        raise act.UserError(f"{path}: config.json beside it is broken: {error}") from error
+    if not isinstance(config, dict):
+        raise act.UserError(f"{path}: config.json beside it: expected a dict, got {config!r}")
+    for key, kind in CONFIG_TYPES.items():
+        if key in config and not isinstance(config[key], kind):
+            raise act.UserError(f"{path}: config.json: expected {key} a {kind.__name__}")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise act.UserError(f"{path}: config.json: expected gelu, got {config['hidden_act']}")
+    return config
