@@ -2,17 +2,9 @@
 
 R. Dong et al., "Autoencoders as Cross-Modal Teachers: Can Pretrained 2D Image Transformers Help 3D
 Representation Learning?", ICLR 2023, arXiv:2212.08320. The method in one file, to be read from top
-to bottom beside the paper:
-
-    geometry                 distances, sampling, Chamfer distance
-    Transformer              one block for every Transformer here
-    patches                  their embedding and position (Sec. 4.1)
-    teacher                  stage I: the autoencoder (Sec. 4.1)
-    student                  stage II: masked modelling (Sec. 4.2)
-    transfer heads           classification, segmentation (Sec. 5)
-    weights, checkpoints     reading and writing them
-
-It imports torch, numpy and the standard library only.
+to bottom beside the paper: geometry, Transformer, patches, teacher (stage I, Sec. 4.1), student
+(stage II, Sec. 4.2), transfer heads (Sec. 5), and last weights and checkpoints. It imports torch,
+numpy and the standard library only.
 
 Shapes: B batch, N points, G groups (patches), S points per group, C and D channels, V visible and
 M masked groups, K neighbours, T tokens, P prompts, R rows. A True in a mask means masked.
@@ -27,10 +19,10 @@ Where this differs from the paper or from the official implementation:
  5. Every backbone is treated alike, BERT too: positions at every block, deep prompts. Officially
     BERT gets positions once and fails with deep prompts; CLIP attends across a batch's clouds.
  6. FPS has no rule for points near the origin. The official kernel skips |p|^2 <= 1e-3.
- 7. Frozen protocols freeze all below the head, class token and statistics too. Only ScanObjectNN is
-    rotated. Results are the last epoch's. A vote is over ten augmentations.
- 8. Rounding only: products are split where inputs repeat, codes are looked up, and convolutions of
-    size 1 are Linear.
+ 7. Frozen protocols freeze all below the head, class token and statistics too. Of the published
+    sets only ScanObjectNN is rotated. Results are the last epoch's. A vote is over ten samples.
+ 8. By rounding only: a Linear of concatenated inputs is computed part by part, the product with
+    one-hot codes is a look-up, and a convolution of size 1 is a Linear.
 """
 
 import math
@@ -54,8 +46,6 @@ class UserError(ValueError):
 # Batched, on any device, in float32 or better even under autocast. Distances are computed by
 # subtraction: the expanded square loses every digit of a cloud far from the origin. Each function
 # can be copied out with `import torch` and the functions it calls.
-
-
 def farthest_point_sample(
     xyz: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -63,8 +53,7 @@ def farthest_point_sample(
 
     xyz: (B, N, 3) -> (B, num_samples) int64. The first is point 0, or a random one by `generator`.
     Each further one is argmax_i min_{j chosen} |x_i - x_j|^2, ties by index.
-    Raises ValueError if num_samples > N.
-    """
+    Raises ValueError if num_samples > N."""
     B, N, _ = xyz.shape
     if not 1 <= num_samples <= N:
         raise ValueError(f"num_samples: expected 1 to the {N} points of a cloud, got {num_samples}")
@@ -93,8 +82,7 @@ def knn(query: torch.Tensor, xyz: torch.Tensor, k: int) -> tuple[torch.Tensor, t
 
     query: (B, Q, 3), xyz: (B, N, 3) -> sqdist (B, Q, k) ascending, idx (B, Q, k) int64, where
     sqdist[b, q, j] = |query[b, q] - xyz[b, idx[b, q, j]]|^2 (squared unit, no gradient). Extra
-    memory is bounded, whatever N and Q are. Raises ValueError if k > N.
-    """
+    memory is bounded, whatever N and Q are. Raises ValueError if k > N."""
     B, Q, _ = query.shape
     N = xyz.shape[1]
     if not 1 <= k <= N:
@@ -122,8 +110,7 @@ def knn(query: torch.Tensor, xyz: torch.Tensor, k: int) -> tuple[torch.Tensor, t
 def smallest(value: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k smallest of each row, ascending, and their indices, ties by index.
 
-    value: (..., N), none below 0 -> (..., k) and (..., k) int64.
-    """
+    value: (..., N), none below 0 -> (..., k) and (..., k) int64."""
     if k == 1:
         return value.min(dim=-1, keepdim=True)  # the first of equal minima
     in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -154,8 +141,7 @@ def group_points(
     """Patches of clouds (Sec. 4.1): farthest-point centres and the nearest points around each.
 
     xyz: (B, N, 3) -> neighborhood (B, G, S, 3), relative to its centre, nearest point first; center
-    (B, G, 3). Raises ValueError for another shape, or too few points.
-    """
+    (B, G, 3). Raises ValueError for another shape, or too few points."""
     if xyz.ndim != 3 or xyz.shape[2] != 3:
         raise ValueError(f"xyz: expected clouds of shape (B, N, 3), got {tuple(xyz.shape)}")
     center = gather_points(xyz, farthest_point_sample(xyz, num_group))  # (B, G, 3)
@@ -167,11 +153,10 @@ def group_points(
 def chamfer_distance(a: torch.Tensor, b: torch.Tensor, norm: int = 1) -> torch.Tensor:
     """Chamfer distance of two batches of point sets, mean over the batch -> scalar.
 
-    a: (B, N, 3), b: (B, M, 3). norm=1: 1/2 (mean_a min_b |a - b| + mean_b min_a |a - b|), the
+    a: (B, N, 3), b: (B, N2, 3). norm=1: 1/2 (mean_a min_b |a - b| + mean_b min_a |a - b|), the
     paper's CD-L1, in the clouds' unit. norm=2: mean_a min_b |a - b|^2 + mean_b min_a |a - b|^2, in
     the squared unit, without 1/2. Gradients flow to both; neighbours are searched in bounded
-    memory.
-    """
+    memory."""
     if norm not in (1, 2):
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -180,7 +165,7 @@ def chamfer_distance(a: torch.Tensor, b: torch.Tensor, norm: int = 1) -> torch.T
     total = 0
     for source, target in ((a, b), (b, a)):
         _, idx = knn(source, target, 1)
-        diff = source - gather_points(target, idx[..., 0])  # (B, N, 3)
+        diff = source - gather_points(target, idx[..., 0])  # (B, N or N2, 3)
         if norm == 1:
             total = total + diff.norm(dim=-1).mean() / 2  # torch's norm has gradient 0 at 0
         else:
@@ -191,8 +176,7 @@ def chamfer_distance(a: torch.Tensor, b: torch.Tensor, norm: int = 1) -> torch.T
 def fscore(pred: torch.Tensor, target: torch.Tensor, threshold: float = 0.01) -> torch.Tensor:
     """F-score of each cloud: the harmonic mean of precision and recall, 0 where both are 0.
 
-    pred: (B, N, 3), target: (B, M, 3) -> (B,) in 0..1. `threshold` is a distance, not squared.
-    """
+    pred: (B, N, 3), target: (B, N2, 3) -> (B,) in 0..1. `threshold` is a distance, not squared."""
     precision = (knn(pred, target, 1)[0].sqrt() < threshold).float().mean(dim=(1, 2))
     recall = (knn(target, pred, 1)[0].sqrt() < threshold).float().mean(dim=(1, 2))
     return 2 * precision * recall / (precision + recall).clamp_min(1e-12)
@@ -202,8 +186,7 @@ def interpolate(xyz: torch.Tensor, center: torch.Tensor, features: torch.Tensor)
     """Features interpolated from centres to points (PointNet++, Sec. 3.4).
 
     xyz: (B, N, 3), center: (B, G, 3), features: (B, G, C) -> (B, N, C): sum_j w_j features[j] over
-    the 3 nearest centres (all if G < 3), w_j proportional to 1 / (d_j^2 + 1e-8), summing to 1.
-    """
+    the 3 nearest centres (all if G < 3), w_j proportional to 1 / (d_j^2 + 1e-8), summing to 1."""
     sqdist, idx = knn(xyz, center, min(3, center.shape[1]))
     weight = torch.nn.functional.normalize(1 / (sqdist + 1e-8), p=1, dim=-1)
     out = (gather_points(features, idx) * weight[..., None]).sum(dim=2)
@@ -212,8 +195,6 @@ def interpolate(xyz: torch.Tensor, center: torch.Tensor, features: torch.Tensor)
 
 # -- Transformer ----------------------------------------------------------------------------------
 # One Block serves the backbone, the student and its decoder. Parameter names are timm's.
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; `prompts` are further keys and values in front of those of x."""
 
@@ -366,7 +347,7 @@ class Backbone(nn.Module):
     def without_image_side(self) -> "Backbone":
         """A Backbone of the same blocks and norms (shared, not copied), for tokens alone."""
         config = replace(self.config, patch_size=0)
-        tokens_only = Backbone(config)
+        tokens_only = Backbone(config)  # its own random blocks are replaced at once
         tokens_only.norm_pre = self.norm_pre
         tokens_only.blocks = self.blocks
         tokens_only.norm = self.norm
@@ -383,8 +364,7 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W), normalised as published, -> (B, T, C) after the final norm.
 
         T: class token and the like, then the patches row by row. Positions are resampled to another
-        size than the published one, as in timm. Raises ValueError if there is no image side.
-        """
+        size than the published one, as in timm. Raises ValueError if there is no image side."""
         c = self.config
         if not c.patch_size:
             raise ValueError("images: expected a model with an image side; this has forward_tokens")
@@ -418,8 +398,10 @@ def init_linear(model, xavier=False):
 
 
 # -- patches --------------------------------------------------------------------------------------
-# BatchNorm takes its statistics over all points of all patches, so values are kept as rows (R, C)
-# wherever there is one.
+# A BatchNorm here averages over all points of all patches: its input is flattened to rows (R, C).
+def dense(dim, out):
+    """A hidden layer on rows (R, dim) -> (R, out), as a list of modules."""
+    return [nn.Linear(dim, out), nn.BatchNorm1d(out), nn.ReLU()]
 
 
 class PatchEmbed(nn.Module):
@@ -427,12 +409,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.first_conv = nn.Sequential(
-            nn.Linear(3, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 256)
-        )
-        self.second_conv = nn.Sequential(
-            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, dim)
-        )
+        self.first_conv = nn.Sequential(*dense(3, 128), nn.Linear(128, 256))
+        self.second_conv = nn.Sequential(*dense(512, 512), nn.Linear(512, dim))
 
     def forward(self, neighborhood):
         S = neighborhood.shape[-2]
@@ -461,8 +439,6 @@ def center_graph(center: torch.Tensor) -> torch.Tensor:
 
 
 # -- teacher: stage I (Sec. 4.1), a discrete VAE around a frozen pretrained Transformer -----------
-
-
 class EdgeConv(nn.Module):
     """max_j LeakyReLU(GroupNorm(W [f_j - f_i ; f_i])), j the neighbours of i (DGCNN, Sec. 3.1)."""
 
@@ -522,15 +498,7 @@ class FoldingDecoder(nn.Module):
             nn.ReLU(),
             nn.Linear(1024, 3 * group_size // 4),
         )
-        self.final_conv = nn.Sequential(
-            nn.Linear(dim + 5, 512),
-            nn.BatchNorm1d(512),
-            nn.ReLU(),
-            nn.Linear(512, 512),
-            nn.BatchNorm1d(512),
-            nn.ReLU(),
-            nn.Linear(512, 3),
-        )
+        self.final_conv = nn.Sequential(*dense(dim + 5, 512), *dense(512, 512), nn.Linear(512, 3))
         # The first coordinate of the grid varies fastest.
         grid = torch.tensor([[-0.05, -0.05], [0.05, -0.05], [-0.05, 0.05], [0.05, 0.05]])
         self.register_buffer("grid", grid, persistent=False)
@@ -583,9 +551,8 @@ class TeacherOutput(NamedTuple):
 class Teacher(nn.Module):
     """The 3D autoencoder: patches -> codes -> prompted frozen backbone -> features -> patches.
 
-    All is trained but the backbone, which has no gradients, fixed statistics and no dropout. A
-    `backbone` that is handed over is used, and frozen, itself; its image side is left out.
-    """
+    All is trained but the backbone: no gradients, fixed statistics, no dropout. A given `backbone`
+    is not copied: the teacher shares its blocks, without the image side, and freezes them."""
 
     def __init__(self, config: TeacherConfig | None = None, backbone: Backbone | None = None):
         super().__init__()
@@ -627,8 +594,7 @@ class Teacher(nn.Module):
 
         The outputs at prompts are dropped at every layer, so prompts need no query, projection or
         MLP. They do not depend on the cloud either: one pass serves a batch, or a whole run with a
-        fixed teacher (1.9 times the pace of the trunk). Without deep prompts: None per layer.
-        """
+        fixed teacher, and the backbone is 1.9 times as fast. Without deep prompts: None each."""
         c = self.config
         if c.prompt != "deep":
             return [None] * c.backbone.depth
@@ -643,10 +609,10 @@ class Teacher(nn.Module):
         return keys_values
 
     def transform(self, tokens, center, prompts=None):
-        """The prompted backbone, positions added at every block: (B, G, D), (B, G, 3) -> (B, G, D).
+        """The prompted backbone, positions added at every block.
 
-        `prompts` is what prompt_keys_values() returned, if it was computed before.
-        """
+        (B, G, tokens_dims), (B, G, 3) -> (B, G, tokens_dims).
+        `prompts` is what prompt_keys_values() returned, if it was computed before."""
         c = self.config
         x = self.proj_pre(tokens)  # (B, G, width)
         pos = self.visual_pos_embed(center)
@@ -675,17 +641,18 @@ class Teacher(nn.Module):
         return self.code_logits(neighborhood, center_graph(center)).argmax(dim=-1)
 
     def features(self, neighborhood, center, prompts=None):
-        """The distillation target, deterministic in eval mode: (B, G, D) of the argmax codes."""
+        """The distillation target, what DGCNN_2 makes of the argmax codes: (B, G, decoder_dims).
+
+        Deterministic in eval mode."""
         graph = center_graph(center)
         codes = self.code_logits(neighborhood, graph).argmax(dim=-1)
         tokens = F.embedding(codes, self.codebook)
         return self.dgcnn_2(self.transform(tokens, center, prompts), graph)
 
     def decode(self, tokens, center, graph=None):
-        """Codes' vectors (B, G, D) at centres (B, G, 3) -> coarse, fine: see TeacherOutput.
+        """Codes' vectors (B, G, tokens_dims) at centres (B, G, 3) -> coarse, fine: TeacherOutput's.
 
-        `graph` is center_graph(center), if it was computed before.
-        """
+        `graph` is center_graph(center), if it was computed before."""
         if graph is None:
             graph = center_graph(center)
         return self.decoder(self.dgcnn_2(self.transform(tokens, center), graph))
@@ -709,8 +676,7 @@ def teacher_loss(output: TeacherOutput, kl_weight: float):
     """Stage I loss: (total, reconstruction, kl), total = reconstruction + kl_weight * kl.
 
     reconstruction: CD-L1 of coarse and of fine points to the patch, summed. kl: KL(uniform || q), q
-    the codes' probabilities, mean over a cloud's patches; summed over codes, mean over clouds.
-    """
+    the codes' probabilities, mean over a cloud's patches; summed over codes, mean over clouds."""
     patch = output.neighborhood.flatten(0, 1)  # (B G, S, 3)
     coarse = chamfer_distance(output.coarse.flatten(0, 1), patch)
     fine = chamfer_distance(output.fine.flatten(0, 1), patch)
@@ -722,8 +688,6 @@ def teacher_loss(output: TeacherOutput, kl_weight: float):
 
 
 # -- student: stage II (Sec. 4.2), masked modelling against the teacher's features ----------------
-
-
 def random_mask(
     center: torch.Tensor, ratio: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -753,8 +717,8 @@ def block_mask(
 def split_mask(mask: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the visible (B, V) and of the masked (B, M) groups, each ascending.
 
-    A mask on the CPU spares a GPU the wait. Raises ValueError if the clouds' counts differ.
-    """
+    Pass a mask on the CPU: to count it, a GPU would have to wait. Raises ValueError if the clouds'
+    counts differ."""
     counts = mask.sum(dim=1).tolist()
     if min(counts) != max(counts):
         raise ValueError(f"mask: expected as many masked groups in every cloud, got {counts}")
@@ -827,8 +791,7 @@ class Encoder(nn.Module):
     def forward(self, neighborhood, center, mask=None):
         """(B, G, S, 3), (B, G, 3), mask (B, G) bool -> (B, 1 + V, C), class token first.
 
-        Only the visible patches are embedded, so that BatchNorm sees those alone.
-        """
+        Only the visible patches are embedded, so that BatchNorm sees those alone."""
         if mask is not None:
             visible, _ = split_mask(mask, center.device)
             neighborhood, center = select_patches(neighborhood, center, visible)
@@ -891,8 +854,7 @@ class Student(nn.Module):
     def forward(self, neighborhood, center, mask, split=None):
         """(B, G, S, 3), (B, G, 3), (B, G) -> predictions (B, M, D) of the masked groups.
 
-        `split` is split_mask(mask, device), if the caller has it.
-        """
+        `split` is split_mask(mask, device), if the caller has it; then `mask` is not read."""
         if split is None:
             split = split_mask(mask, center.device)
         visible, masked = split
@@ -908,8 +870,7 @@ class Student(nn.Module):
         """All tokens of whole clouds, class token first: (B, N, 3) -> (B, 1 + G, C).
 
         Expects clouds as in training: `config.points` points, in the unit sphere if `normalized`;
-        features of other densities do not compare. Arrays and any float type will do.
-        """
+        features of other densities do not compare. Arrays and any float type will do."""
         neighborhood, center = self.encoder.group(xyz)
         return self.encoder(neighborhood, center)
 
@@ -919,8 +880,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Stage II loss of predictions and targets (..., D) -> scalar.
 
-    cosine: mean over tokens of 1 - cos; smooth_l1 (beta = 1), l2 (squared): mean over elements.
-    """
+    cosine: mean over tokens of 1 - cos; smooth_l1 (beta = 1), l2 (squared): mean over elements."""
     if prediction.shape != target.shape:
         expected = tuple(prediction.shape)
         raise ValueError(f"target: expected the prediction's {expected}, got {tuple(target.shape)}")
@@ -941,8 +901,6 @@ def global_feature(tokens: torch.Tensor) -> torch.Tensor:
 
 
 # -- transfer heads (Sec. 5) ----------------------------------------------------------------------
-
-
 @dataclass
 class ClassifierConfig(EncoderConfig):
     num_group: int = 128
@@ -965,17 +923,9 @@ class Classifier(nn.Module):
         if c.head == "linear":
             self.head = nn.Sequential(nn.Linear(2 * c.width, c.num_classes))
         else:
-            self.head = nn.Sequential(
-                nn.Linear(2 * c.width, 256),
-                nn.BatchNorm1d(256),
-                nn.ReLU(),
-                nn.Dropout(0.5),
-                nn.Linear(256, 256),
-                nn.BatchNorm1d(256),
-                nn.ReLU(),
-                nn.Dropout(0.5),
-                nn.Linear(256, c.num_classes),
-            )
+            layers = dense(2 * c.width, 256) + [nn.Dropout(0.5)]
+            layers += dense(256, 256) + [nn.Dropout(0.5), nn.Linear(256, c.num_classes)]
+            self.head = nn.Sequential(*layers)
 
     def freeze_encoder(self):
         """No gradients, fixed statistics, no drop path, class token and its position included."""
@@ -1000,7 +950,7 @@ class SegmenterConfig(EncoderConfig):
     num_group: int = 128
     num_parts: int = 50
     num_categories: int = 16  # 0: no object category is given, as in scenes
-    class_names: list = field(default_factory=list)  # of categories, or of labels without
+    class_names: list = field(default_factory=list)  # of categories; of labels if there are none
     part_ranges: list = field(default_factory=list)  # [first, last + 1] of each category's parts
 
 
@@ -1020,32 +970,10 @@ class Segmenter(nn.Module):
             self.label_conv = nn.Sequential(
                 nn.Linear(c.num_categories, 64, bias=False), nn.BatchNorm1d(64), nn.LeakyReLU(0.2)
             )
-        self.propagation = nn.Sequential(
-            nn.Linear(3 + dim, 4 * c.width),
-            nn.BatchNorm1d(4 * c.width),
-            nn.ReLU(),
-            nn.Linear(4 * c.width, 1024),
-            nn.BatchNorm1d(1024),
-            nn.ReLU(),
-        )
-        self.head = nn.Sequential(
-            nn.Linear(1024 + cloud_dim, 512),
-            nn.BatchNorm1d(512),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Linear(512, 256),
-            nn.BatchNorm1d(256),
-            nn.ReLU(),
-            nn.Linear(256, c.num_parts),
-        )
-
-    def cloud_feature(self, tokens, category):
-        """[max ; mean ; category] of the tokens (B, G, 3 C): (B, cloud_dim)."""
-        parts = [tokens.amax(dim=1), tokens.mean(dim=1)]
-        if category is not None:
-            one_hot = F.one_hot(category, self.config.num_categories).to(tokens.dtype)
-            parts.append(self.label_conv(one_hot))
-        return torch.cat(parts, dim=-1)
+        propagation = dense(3 + dim, 4 * c.width) + dense(4 * c.width, 1024)
+        self.propagation = nn.Sequential(*propagation)
+        head = dense(1024 + cloud_dim, 512) + [nn.Dropout(0.5)]
+        self.head = nn.Sequential(*head, *dense(512, 256), nn.Linear(256, c.num_parts))
 
     def forward(self, xyz, category=None):
         """`category`: (B,) int64 index of the object category, for a model that has categories."""
@@ -1055,7 +983,10 @@ class Segmenter(nn.Module):
             raise ValueError(f"category: expected {expected}, got {category}")
         neighborhood, center = self.encoder.group(xyz)
         tokens = torch.cat(self.encoder.layers(neighborhood, center, self.depths), dim=-1)
-        cloud = self.cloud_feature(tokens, category)
+        cloud = torch.cat([tokens.amax(dim=1), tokens.mean(dim=1)], dim=-1)
+        if category is not None:
+            one_hot = F.one_hot(category, c.num_categories).to(tokens.dtype)
+            cloud = torch.cat([cloud, self.label_conv(one_hot)], dim=-1)
         xyz = xyz.to(center.dtype)
         point = torch.cat([xyz.to(tokens.dtype), interpolate(xyz, center, tokens)], dim=-1)
         B, N, _ = point.shape
@@ -1072,14 +1003,11 @@ class Segmenter(nn.Module):
 # -- weights, checkpoints -------------------------------------------------------------------------
 # A public Transformer comes in many layouts. timm's names are read here; a state dict in any other
 # layout is renamed first.
-
-
 def read_tensors(path) -> dict:
     """What a weight file holds, on the CPU: .safetensors, .npz, or else what torch.save wrote.
 
     Nothing in the file runs: torch.load admits tensors and plain values, .npz arrays only. Raises
-    UserError if the file is missing or broken.
-    """
+    UserError if the file is missing or broken."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: expected a weight file, got no such file")
@@ -1103,8 +1031,7 @@ def load_pretrained(path, num_heads: int | None = None) -> Backbone:
     """A pretrained Backbone in eval mode from a file in timm's names.
 
     num_heads: width // 64 if not given. Raises UserError if the file is missing or broken, or a key
-    is unexpected or missing.
-    """
+    is unexpected or missing."""
     state = read_tensors(path)
     for wrapping in ("model", "state_dict"):
         if isinstance(state, dict) and wrapping in state:
@@ -1119,8 +1046,7 @@ def load_pretrained(path, num_heads: int | None = None) -> Backbone:
 def backbone_config(state: dict, path, num_heads: int | None = None) -> BackboneConfig:
     """Sizes read off a state dict in timm's names. What no tensor shows is as in timm's ViT.
 
-    `path` is named in the UserError if the first block is missing or misshapen.
-    """
+    `path` is named in the UserError if the first block is missing or misshapen."""
     qkv = state.get("blocks.0.attn.qkv.weight")
     fc1 = state.get("blocks.0.mlp.fc1.weight")
     if qkv is None or fc1 is None or qkv.ndim != 2 or fc1.ndim != 2:
@@ -1143,8 +1069,7 @@ def build_backbone(state: dict, config: BackboneConfig, path) -> Backbone:
     """A Backbone in eval mode with exactly the tensors of a state dict in timm's names.
 
     `config` comes without an image side, which is added if the tensors have one. Raises UserError,
-    which names `path`, if a key is unexpected or missing, or a shape does not fit.
-    """
+    which names `path`, if a key is unexpected or missing, or a shape does not fit."""
     state = dict(state)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"}.isdisjoint(state):
         config = fold_image_side(state, config, path)
@@ -1158,8 +1083,7 @@ def build_backbone(state: dict, config: BackboneConfig, path) -> Backbone:
 def fold_image_side(state: dict, config: BackboneConfig, path) -> BackboneConfig:
     """The config with its image side; in the state, the tokens before patches become one tensor.
 
-    Positions of these tokens, which a table has for all of them or for none, are added to them.
-    """
+    Positions of these tokens, which a table has for all of them or for none, are added to them."""
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if name not in state:
             raise UserError(f"{path}: missing key {name}, expected an image side")
@@ -1210,8 +1134,7 @@ KINDS = {
 def read_checkpoint(path) -> dict:
     """A checkpoint of this project: a dict of `kind`, `config`, `model` and more.
 
-    Raises UserError if the file holds anything else.
-    """
+    Raises UserError if the file holds anything else."""
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
@@ -1225,8 +1148,7 @@ def read_checkpoint(path) -> dict:
 def load(path, device="cpu") -> nn.Module:
     """The Teacher, Student, Classifier or Segmenter of a checkpoint of this project, in eval mode.
 
-    Raises UserError if the file is missing, broken, of no known kind or unfit.
-    """
+    Raises UserError if the file is missing, broken, of no known kind or unfit."""
     checkpoint = read_checkpoint(path)
     kind = checkpoint["kind"]
     if kind not in KINDS:
@@ -1243,8 +1165,7 @@ def load(path, device="cpu") -> nn.Module:
 def save(obj: dict, path) -> None:
     """torch.save to a file beside `path` that takes its name when it is complete.
 
-    Raises UserError if it cannot be written; a file that was there stays as it was.
-    """
+    Raises UserError if it cannot be written; a file that was there stays as it was."""
     unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:

@@ -4,9 +4,8 @@
     python bench.py --quick                  # fewer repeats: under two minutes
     python bench.py --device cuda --compile  # a GPU: the same rows, and the published runs in hours
 
-Times are medians of repeats taken in turns, so that a noisy neighbour disturbs all forms alike. A
-ratio is the median of the turns' ratios. The plain forms are those of util/plain.py, with the same
-weights at the paper's sizes, without dropout. Exits 1 where the results differ.
+Times are medians of repeats taken in turns. The plain forms are those of util/plain.py, with the
+same weights at the paper's sizes, without dropout. Exits 1 where the results differ.
 """
 
 import argparse
@@ -86,8 +85,7 @@ def peak_memory(device: torch.device, form: Callable) -> str:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         form()
-        extra = torch.cuda.max_memory_allocated() - before
-        return f"{extra >> 20} MiB"
+        return f"{(torch.cuda.max_memory_allocated() - before) >> 20} MiB"
     if sys.platform != "linux":
         return "unknown"
     ctypes.CDLL(None).malloc_trim(0)  # gives back what is free
@@ -99,8 +97,7 @@ def peak_memory(device: torch.device, form: Callable) -> str:
 
 def high_water_mark() -> int:
     """The most memory this process has held since the mark was lowered, in KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def random_clouds(B: int, N: int, device: torch.device) -> torch.Tensor:
@@ -113,16 +110,14 @@ def random_clouds(B: int, N: int, device: torch.device) -> torch.Tensor:
 def bench_chamfer(bench: Bench) -> None:
     a = random_clouds(8, 2048, bench.device).requires_grad_()
     b = random_clouds(8, 2047, bench.device).requires_grad_()
-    ours = partial(act.chamfer_distance, a, b)
-    forms = {"ours": ours, "plain": partial(plain.chamfer_distance, a, b)}
-    ours = peak_memory(bench.device, forms["ours"])
-    beside = peak_memory(bench.device, forms["plain"])
-    print_row("Chamfer's extra memory", ours, beside, "", "bounded")
+    forms = {"ours": partial(act.chamfer_distance, a, b)}
+    forms["plain"] = partial(plain.chamfer_distance, a, b)
+    memory = [peak_memory(bench.device, form) for form in forms.values()]
+    print_row("Chamfer's extra memory", *memory, "", "bounded")
     compare(bench, "Chamfer (8, 2048, 2047)", forms, {})
 
 
 def bench_search(bench: Bench, peer, B: int, N: int, G: int) -> None:
-    """FPS and kNN of B clouds of N points, G centres."""
     k = 32
     xyz = random_clouds(B, N, bench.device)
     query = act.gather_points(xyz, act.farthest_point_sample(xyz, G))
@@ -134,9 +129,8 @@ def bench_search(bench: Bench, peer, B: int, N: int, G: int) -> None:
         of_points = cloud.repeat_interleave(N)
         of_queries = cloud.repeat_interleave(G)
         x = xyz.flatten(0, 1)
-        y = query.flatten(0, 1)
         fps["torch_cluster"] = partial(peer.fps, x, of_points, G / N, random_start=False)
-        knn["torch_cluster"] = partial(peer.knn, x, y, k, of_points, of_queries)
+        knn["torch_cluster"] = partial(peer.knn, x, query.flatten(0, 1), k, of_points, of_queries)
     compare(bench, f"FPS ({B}, {N} -> {G})", fps, {"textbook": ">= 2 x"})
     goals = {"torch_cluster": ">= 1 x"} if N < 8192 else {}
     compare(bench, f"kNN ({B}, {G} of {N}), k = {k}", knn, goals)
@@ -161,8 +155,7 @@ def stage_two(B: int, device: torch.device):
         neighborhood, center = act.group_points(xyz, 64, 32)
         split = act.split_mask(mask, device)
         with torch.no_grad():
-            features = teacher.features(neighborhood, center, prompts)
-        target = act.gather_points(features, split[1])
+            target = act.gather_points(teacher.features(neighborhood, center, prompts), split[1])
         return act.distillation_loss(model(neighborhood, center, mask, split), target)
 
     return model, loss
@@ -222,8 +215,7 @@ def bench_stage(bench: Bench, name: str, build: Callable, goal: str, most: int, 
     flop = check_gradients(bench, name, model, loss)
     optimizer = run.adamw(model, 5e-4, 0.05)
     twin = copy.deepcopy(model)
-    trained = [p for p in twin.parameters() if p.requires_grad]
-    other = torch.optim.AdamW(trained, lr=5e-4)
+    other = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=5e-4)
     forms = {"plain": partial(train_step, twin, loss, other, device, form=plain.plain_form)}
     for precision, product in products.items():
         forms[precision] = partial(train_step, model, loss, optimizer, device, precision == "bf16")
@@ -238,9 +230,8 @@ def bench_stage(bench: Bench, name: str, build: Callable, goal: str, most: int, 
         factor = f"{ratio(times['plain'], step):.2f} x"
         wanted = goal if precision == "fp32" else ""
         print_row(f"{name} step, batch 8, {precision}", ours, beside, factor, wanted)
-    ours = peak_memory(device, forms["fp32"])
-    beside = peak_memory(device, forms["plain"])
-    print_row(f"{name}'s extra memory, fp32", ours, beside, "", "")
+    memory = [peak_memory(device, forms[form]) for form in ("fp32", "plain")]
+    print_row(f"{name}'s extra memory, fp32", *memory, "", "")
 
 
 def bench_published(bench: Bench, name: str, build: Callable, B: int, steps: int, compiled: bool):
@@ -258,18 +249,16 @@ def bench_published(bench: Bench, name: str, build: Callable, B: int, steps: int
     what = f"{name}, {steps:,} steps of {B}, " + ("bf16, compiled" if compiled else "bf16")
     pace = f"{1e3 * step:.1f} ms a step, {B / step:.0f} clouds/s"
     fps = 100 * ratio(times["FPS"], times["step"])
-    knn = 100 * ratio(times["kNN"], times["step"])
-    memory = peak_memory(device, forms["step"])
-    shares = f"FPS {fps:.1f} %, kNN {knn:.1f} %"
-    print_row(what, pace, memory, shares, f"{steps * step / 3600:.2f} h")
+    shares = f"FPS {fps:.1f} %, kNN {100 * ratio(times['kNN'], times['step']):.1f} %"
+    hours = f"{steps * step / 3600:.2f} h"
+    print_row(what, pace, peak_memory(device, forms["step"]), shares, hours)
 
 
 def describe_machine(device: torch.device) -> str:
     machine = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        _, _, machine = cpuinfo.read_text().partition("model name\t: ")
-        machine = machine.partition("\n")[0]
+        machine = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0]
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     threads = torch.get_num_threads()
@@ -302,9 +291,7 @@ def main():
     if bench.device.type == "cuda":
         bench_published(bench, "stage I", stage_one, 64, 196_500, args.compile)
         bench_published(bench, "stage II", stage_two, 128, 123_000, args.compile)
-    print()
-    for note in bench.notes:
-        print(f"- {note}")
+    print("\n" + "\n".join(f"- {note}" for note in bench.notes))
     if bench.differences:
         sys.exit("results differ:\n" + "\n".join(bench.differences))
 

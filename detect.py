@@ -8,14 +8,11 @@ The second is VoteNet's preparation of ScanNetV2 with its scannetv2_{train,val}.
 also boxes.png and boxes.ply: true boxes green, predicted ones orange. Needs scipy.
 
 --size base is the setting of 3DETR (Misra et al., ICCV 2021), with these deviations:
- 1. The encoder is the pretrained one: patches of nearest points, and their positions, relative to
-    the room's middle so that boxes move with it, at every block. It has no dropout, and the output
-    of the class token is not used.
- 2. There are no angle heads. GIoU bounds the volumes of union and hull, where 3DETR bounds the
-    edges, so that it is finite for flat boxes.
- 3. Queries are the first patch centers, which FPS over the centers would find again.
- 4. An epoch's last, smaller batch is dropped. The cosine starts at the end of the warm-up.
- 5. Test points are sampled by a fixed seed. Means are over the classes with true boxes.
+ 1. The encoder is the pretrained one: patches of nearest points, positions relative to the room's
+    middle at every block, no dropout. The output of the class token is not used.
+ 2. There are no angle heads. GIoU bounds volumes, not edges: finite for flat boxes.
+ 3. An epoch's last, smaller batch is dropped. The cosine starts after the warm-up.
+ 4. Test points are sampled by a fixed seed. Means are over the classes with true boxes.
 
 Shapes: B rooms, N points, Q queries, C classes, L decoder layers, K true boxes of a room. A box is
 its center (3) and its size (3), in metres, with faces along the axes.
@@ -77,7 +74,6 @@ def assign(cost):
 
 def layer_loss(logits, center, size, extent, boxes, labels):
     """Loss of a decoder layer, and its weighted parts {"class", "giou", "center", "size"}.
-
     logits (B, Q, C + 1), "no object" last; center, size (B, Q, 3); extent (B, 3) of the rooms; of
     each room boxes (K, 6), labels (K,). Parts of boxes are means over those of all processes."""
     predicted = torch.cat([center, size], dim=-1)  # (B, Q, 6)
@@ -95,9 +91,8 @@ def match_boxes(logits, predicted, boxes, labels):
     rooms = []
     queries = []
     for b in range(len(boxes)):
-        class_cost = -probability[b][:, labels[b]].T  # (K, Q)
-        giou = generalized_box_iou(boxes[b], predicted[b])
-        queries.append(assign(class_cost - GIOU_COST * giou))
+        giou = generalized_box_iou(boxes[b], predicted[b])  # (K, Q)
+        queries.append(assign(-probability[b][:, labels[b]].T - GIOU_COST * giou))
         rooms.append(torch.full_like(queries[b], b))
     return torch.cat(rooms).to(logits.device), torch.cat(queries).to(logits.device)
 
@@ -169,8 +164,7 @@ def sample_room(scene, num_points, rng, augment=""):
             angle = rng.integers(4) * 90
         else:
             angle = rng.uniform(-MAX_ANGLE, MAX_ANGLE)
-        mirrored = np.hstack([boxes[:, :3] * mirror, boxes[:, 3:]])
-        xyz, boxes = turn(xyz * mirror, mirrored, angle)
+        xyz, boxes = turn(xyz * mirror, np.hstack([boxes[:, :3] * mirror, boxes[:, 3:]]), angle)
     return xyz, boxes, labels
 
 
@@ -204,7 +198,7 @@ def build_model(config, classes, student=None):
 
 # -- results ---------------------------------------------------------------------------------------
 def evaluate(model, data):
-    """{class with true boxes in the test rooms, or "mean": {ap25, ap50, recall}} in percent."""
+    """{class with true boxes, or "mean": {ap25, ap50, recall}} in percent."""
     detections = detector.find_boxes(model, data.test)
     truths = [(torch.from_numpy(room.boxes), torch.from_numpy(room.labels)) for room in data.test]
     ap25, recall = average_precision(detections, truths, len(data.classes), 0.25)
@@ -235,29 +229,26 @@ def draw_boxes(path, model, scenes):
 
 
 def main(config):
-    # -- data, model, optimizer --------------------------------------------------------------------
+    # -- data, model, optimizer
     files.require("scipy.optimize", "scipy")  # every step needs it
     config, device = run.setup(config, PRESETS)
     augment = "quarters" if config.data == "synthetic" else "published"
     data = datasets.open_scans(config.data, config.points)
     config = run.plan(config, len(data.train))
-    student = None
-    if config.checkpoint != "none":
-        student = run.load_model(config.checkpoint, "cpu", act.Student)
+    path = config.checkpoint
+    student = run.load_model(path, "cpu", act.Student) if path != "none" else None
     model = build_model(config, data.classes, student).to(device)
     c = model.config
     count = sum(p.numel() for p in model.parameters()) / 1e6
     print(datasets.describe(data))
-    print(
-        f"{device} x {run.WORLD}, {config.precision}; size {config.size}, "
-        f"encoder {config.checkpoint}, {c.width} wide, {c.depth} deep; {count:.1f} M parameters"
-    )
+    about = f"encoder {path}, {c.width} wide, {c.depth} deep; {count:.1f} M parameters"
+    print(f"{device} x {run.WORLD}, {config.precision}; size {config.size}, {about}")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=WEIGHT_DECAY)
     net = run.parallel(model, config)
     log, state = run.begin(config, model, optimizer, [scene.name for scene in data.train])
     start = state["start"] if state else evaluate(model, data)["mean"]
 
-    # -- loop --------------------------------------------------------------------------------------
+    # -- loop
     warmup = WARMUP_EPOCHS * (len(data.train) // config.batch_size)
     table = {}  # of the latest epoch, if it was evaluated
     for epoch in range(log.epoch, config.epochs):
@@ -279,13 +270,12 @@ def main(config):
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             log.add(loss=loss, **parts, grad_norm=grad_norm, lr=lr)  # parts of the last layer
-        table = {}
-        if run.RANK == 0 and (epoch + 1) % EVALUATION_EPOCHS == 0:
-            table = evaluate(model, data)
+        due = run.RANK == 0 and (epoch + 1) % EVALUATION_EPOCHS == 0
+        table = evaluate(model, data) if due else {}
         log.end_epoch(**table.get("mean", {}))
         run.save(log, model, optimizer, start=start)
 
-    # -- results -----------------------------------------------------------------------------------
+    # -- results
     if run.RANK > 0:
         return
     if not table:
@@ -296,8 +286,7 @@ def main(config):
         print(f"{name:14}  {shown}")
     draw_boxes(log.folder / "boxes", model, data.test[:3])
     pictures.write_chart(log.folder / "loss.svg", log.rows)
-    closing = table.pop("mean")
-    closing.update({f"{name}_start": value for name, value in start.items()})
+    closing = table.pop("mean") | {f"{name}_start": value for name, value in start.items()}
     log.close(**closing, classes=table)
 
 

@@ -12,8 +12,7 @@
 if they are split, or a published set (ScanObjectNN, ModelNet40, pairs of .h5; Point-BERT's episodes
 for --task fewshot). --checkpoint is a student, our own or an official file.
 
-Leaves last.pt (for predict.py), metrics.jsonl, config.json and loss.svg in --out. util/transfer.py
-says how to add a task.
+Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg. New tasks: util/transfer.py.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -71,18 +70,14 @@ class Config(transfer.TransferConfig):
 def settle(config, given, data, source):
     """The config with --points and --augment, which depend on the data (None: published ones)."""
     scanned = data is not None and data.name.startswith("ScanObjectNN")
-    points = config.points
-    if given.points is None:
-        if config.task == "svm" and source is not None:
-            points = source.config.points
-        elif scanned and config.size != "tiny":
-            points = 2048  # as published
-    augment = config.augment
-    if augment == "auto":
-        augment = "scale_translate"
-        if config.task == "classify" and (scanned or config.data == "synthetic"):
-            augment = "rotate"
-    return replace(config, points=points, augment=augment)
+    if given.points is None and config.task == "svm" and source is not None:
+        config = replace(config, points=source.config.points)
+    elif given.points is None and scanned and config.size != "tiny":
+        config = replace(config, points=2048)  # as published
+    turned = config.task == "classify" and (scanned or config.data == "synthetic")
+    if config.augment == "auto":
+        config = replace(config, augment="rotate" if turned else "scale_translate")
+    return config
 
 
 # -- classification --------------------------------------------------------------------------------
@@ -149,10 +144,8 @@ class Classification(transfer.Task):
             metrics.print_table(self.matrix, self.classes)
         closing = {}
         if self.config.vote:
-            for name, value in self.vote(model).items():
-                closing[f"vote_{name}"] = value
-        closing["confusion"] = self.matrix.tolist()
-        return closing
+            closing = {f"vote_{name}": value for name, value in self.vote(model).items()}
+        return closing | {"confusion": self.matrix.tolist()}
 
 
 class Episode(Classification):
@@ -166,8 +159,7 @@ TASKS = {"classify": Classification, "fewshot": Episode, "svm": Classification}
 
 # -- few-shot --------------------------------------------------------------------------------------
 def draw_episode(data, way, shot, fold):
-    """An episode, the same for every --seed: a Dataset of `way` classes, with `shot` support clouds
-    of each to train on and up to QUERIES query clouds to test on."""
+    """An episode of `way` classes, the same for every --seed: `shot` support, <= QUERIES query."""
     num_classes = len(data.train.classes)
     support = data.train.labels.bincount(minlength=num_classes)
     query = data.test.labels.bincount(minlength=num_classes)
@@ -195,29 +187,25 @@ def draw_clouds(split, chosen, count, rng):
     return replace(selected, labels=torch.tensor(labels), classes=classes)
 
 
-def find_episode(config, data, fold):
-    """An episode as a Dataset: drawn from `data`, or where that is None a published one's file."""
-    if data is not None:
-        return draw_episode(data, config.way, config.shot, fold)
-    path = Path(config.data, f"{config.way}way_{config.shot}shot", f"{fold}.pkl")
-    train, test = datasets.read_episode(path, config.way)
-    return datasets.Dataset(path.name, train, test)
-
-
 def fewshot(config, data, sizes, source, device):
-    """A run for each fold in --out/fold_<k>; the mean and deviation of their last accuracies."""
+    """A run for each fold in --out/fold_<k>; the mean and deviation of their last accuracies.
+    Episodes are drawn from `data`, or where that is None read from published files."""
     accuracies = []
     for fold in range(FOLDS):
         fold_config = replace(config, out=f"{config.out}/fold_{fold}")
-        episode = find_episode(config, data, fold)
+        if data is not None:
+            episode = draw_episode(data, config.way, config.shot, fold)
+        else:
+            path = Path(config.data, f"{config.way}way_{config.shot}shot", f"{fold}.pkl")
+            episode = datasets.Dataset(path.name, *datasets.read_episode(path, config.way))
         task = TASKS[config.task](fold_config, episode, sizes, device)
         log = transfer.train(fold_config, task, source, device)
         accuracies.append(log.rows[-1].get("accuracy"))  # None but on the first process
     if run.RANK == 0:
         log, _ = run.begin(replace(config, resume=False), task.build_model(), None, [])
-        mean = np.mean(accuracies).item()
-        std = np.std(accuracies, ddof=1).item()
-        transfer.close(log, config, dict(accuracy=mean, folds=accuracies, accuracy_std=std))
+        figures = dict(accuracy=np.mean(accuracies).item(), folds=accuracies)
+        figures["accuracy_std"] = np.std(accuracies, ddof=1).item()
+        transfer.close(log, config, figures)
 
 
 # -- linear SVM ------------------------------------------------------------------------------------
@@ -268,12 +256,10 @@ def main(given):
     # -- model, optimizer, loop, results
     if config.task == "fewshot":
         fewshot(config, data, sizes, source, device)
-    elif config.task == "svm":
-        if run.RANK == 0:
-            svm(config, data, sizes, source, device)
-    else:
-        task = TASKS[config.task](config, data, sizes, device)
-        transfer.train(config, task, source, device)
+    elif config.task != "svm":
+        transfer.train(config, TASKS[config.task](config, data, sizes, device), source, device)
+    elif run.RANK == 0:
+        svm(config, data, sizes, source, device)
 
 
 if __name__ == "__main__":

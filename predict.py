@@ -6,13 +6,12 @@
     python predict.py my_rooms --checkpoint runs/scene/last.pt     # rooms in metres, z up
     python predict.py my_rooms --checkpoint runs/detect/last.pt    # rooms in metres, z up
 
-Files are clouds or meshes; of a folder, all below it are taken. One that cannot be read is named on
-stderr and left out; then the exit code is 2. The kind of the checkpoint, which may be ours or an
-official one, decides what is written to --out:
+Files are clouds or meshes, or folders of them. One that cannot be read is named on stderr and left
+out; then the exit code is 2. The checkpoint, ours or official, decides what is written to --out:
 
     Classifier   predictions.csv: the class of each file and the probability of each class
-    Segmenter    <file>.npz (points, labels, label_names) and a coloured <file>.ply; labels.csv: the
-                 colours' names. <file> is the path, joined by "-"
+    Segmenter    <file>.npz (points, labels, label_names), coloured <file>.ply, legend labels.csv;
+                 <file> is the path, joined by "-"
     Detector     <file>.ply: the room and the edges of its boxes
     Student      nothing, but --features F.npz has (for a Classifier, too) features (n, 2 C), names,
                  class_names and labels, known by the names of the files' folders, else -1
@@ -63,20 +62,14 @@ def check_flags(config, model):
 
 # -- model and files -------------------------------------------------------------------------------
 def open_model(path, device):
-    """The model of a checkpoint, in eval mode, with names for its classes."""
+    """The model of a checkpoint, in eval mode, with the names that official files do not tell."""
     obj = act.read_tensors(path)
     if isinstance(obj, dict) and obj.get("kind") == "Detector":
         return detector.load_detector(path, device)
     model = run.load_model(path, device, act.Classifier, act.Segmenter, act.Student)
-    name_classes(model)
-    return model
-
-
-def name_classes(model):
-    """Fills in what official files do not tell: names of classes, and the parts of categories."""
     c = model.config
     if isinstance(model, act.Student) or c.class_names:
-        return
+        return model
     if isinstance(model, act.Classifier):
         c.class_names = [f"class {i}" for i in range(c.num_classes)]
     elif c.num_categories:
@@ -85,14 +78,14 @@ def name_classes(model):
     else:
         c.class_names = list(datasets.S3DIS_CLASSES)
         c.normalized = False
+    return model
 
 
 def name_outputs(paths, folder):
     """Path -> the path of its results, without a suffix, in `folder`; no two are the same."""
     sources = {}
     for path in dict.fromkeys(paths):
-        parts = [part for part in path.parts if part not in ("..", path.anchor)]
-        target = folder / "-".join(parts)
+        target = folder / "-".join(part for part in path.parts if part not in ("..", path.anchor))
         while target in sources:
             target = target.with_name(target.name + "-")  # another path is joined to the same
         sources[target] = path
@@ -136,7 +129,6 @@ def predict_class(config, model, file, target):
 
 
 def write_features(path, predictions, names):
-    """The features of clouds -> an .npz."""
     features = np.stack([row.feature for row in predictions])
     paths = [str(row.file) for row in predictions]
     labels = [row.label for row in predictions]
@@ -212,11 +204,8 @@ def main(config):
     except OSError as error:
         raise act.UserError(f"--out: expected a folder to write to, got {error}") from error
 
-    predict = predict_class
-    if isinstance(model, act.Segmenter):
-        predict = predict_labels
-    elif isinstance(model, detector.Detector):
-        predict = predict_boxes
+    predictors = {act.Segmenter: predict_labels, detector.Detector: predict_boxes}
+    predict = predictors.get(type(model), predict_class)
     paths = datasets.find_clouds(config.files)
     targets = name_outputs(paths, Path(config.out))
     results = []

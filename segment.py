@@ -1,8 +1,8 @@
 """A label for each point (Sec. 5): the parts of objects, or what stands in rooms. Needs no data.
 
-    python segment.py                           # parts of synthetic shapes, after train_student.py
-    python segment.py --task scene              # synthetic rooms
-    python segment.py --data ShapeNetPart --checkpoint student.pth --size base   # as published
+    python segment.py  # parts of synthetic shapes, after train_student.py
+    python segment.py --task scene  # synthetic rooms
+    python segment.py --data ShapeNetPart --checkpoint student.pth --size base  # as published
     python segment.py --task scene --data S3DIS --checkpoint student.pth --size base
 
 --data is `synthetic` or a folder, recognised by the files in it:
@@ -13,8 +13,7 @@
     own labels    train/*, test/* (.npy .txt): x y z ... label, classes.txt: names; --task parts, or
                   scene: in metres, z up
 
-Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture of truth and
-prediction and its legend labels.csv in --out.
+Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture, labels.csv.
 """
 
 import math
@@ -27,7 +26,7 @@ import act
 from util import clouds, datasets, inference, metrics, pictures, run, transfer
 
 # -- config ----------------------------------------------------------------------------------------
-PRESETS = {  # tiny's BatchNorm needs some 60 steps or more; base: as published (Sec. 5)
+PRESETS = {  # base: as published (Sec. 5); tiny's BatchNorm needs some 60 steps
     "parts": {
         "tiny": dict(points=1024, epochs=3, batch_size=16, lr=2e-4),
         "small": dict(points=2048, epochs=30, batch_size=16, lr=2e-4),
@@ -55,18 +54,16 @@ class Config(transfer.TransferConfig):
 
 # -- tasks -----------------------------------------------------------------------------------------
 class Segmentation(transfer.Task):
-    """What parts and rooms share. A subclass sets `config`, `sizes` (of the network), `names` and
-    `test`, and has `predictions`."""
+    """Subclasses set `config`, `sizes` (of the network), `names`, `test`; have `predictions`."""
 
     def build_model(self):
         return act.Segmenter(self.sizes)
 
     def turn(self, xyz, generator):
-        """Each cloud turned about the vertical axis."""
         return clouds.rotate_y(xyz, generator)
 
     def augment(self, xyz, generator):
-        """Each cloud turned, or scaled and moved a little with its proportions kept (Sec. 5)."""
+        """Each cloud turned, or scaled and moved, its proportions kept (Sec. 5)."""
         if self.config.augment == "none":
             return xyz
         if self.config.augment == "rotate":
@@ -74,8 +71,7 @@ class Segmentation(transfer.Task):
         return clouds.scale_translate(xyz, generator, scale=(0.8, 1.25), shift=0.1, per_axis=False)
 
     def evaluate(self, model):
-        """Accuracy over all points of the test clouds. Keeps `matrices`, the counts (labels,
-        labels) of each of them, and `shown`, name -> (xyz, truth, prediction) of a few."""
+        """Accuracy over all test points. Keeps each cloud's counts, and a few clouds to show."""
         self.matrices = []
         self.shown = {}
         every = math.ceil(len(self.test) / SHOWN)
@@ -86,7 +82,7 @@ class Segmentation(transfer.Task):
         return metrics.accuracy(sum(self.matrices))
 
     def finish(self, model, folder):
-        """Writes picture and legend; IoU of each label, unless the labels are of categories."""
+        """Writes picture and legend; each label's IoU, unless labels are of categories."""
         names, colors = inference.write_legend(folder / "labels.csv", model.config)
         self.write_picture(folder, names, colors)
         if self.sizes.num_categories:
@@ -97,11 +93,10 @@ class Segmentation(transfer.Task):
         values = {}
         for name, value in zip(names, each.tolist(), strict=True):
             values[f"iou_{name}"] = None if math.isnan(value) else value  # JSON knows no NaN
-        values["miou"] = each.nanmean().item()
-        return values
+        return values | {"miou": each.nanmean().item()}
 
     def write_picture(self, folder, names, colors):
-        """Truth and prediction of some test clouds, without the points that hide a room."""
+        """Truth and prediction of some clouds, without what hides a room."""
         hidden = [i for i, name in enumerate(names) if name in ("ceiling", "wall")]
         rows = []
         for xyz, truth, predicted in self.shown.values():
@@ -109,13 +104,12 @@ class Segmentation(transfer.Task):
             rows.append([(xyz[seen], colors[of[seen]] / 255) for of in (truth, predicted)])
         task = self.config.task
         pictures.write_gallery(folder / task, rows, columns=4)
-        print(
-            f"{task}.png: truth and prediction of {', '.join(self.shown)}; its colours: labels.csv"
-        )
+        shown = ", ".join(self.shown)
+        print(f"{task}.png: truth and prediction of {shown}; its colours: labels.csv")
 
 
 class Parts(Segmentation):
-    """Parts of objects. The category of an object is given; own labelled clouds have none."""
+    """Parts of objects of given categories; own labelled clouds have none."""
 
     metric = "instance_miou"
 
@@ -142,7 +136,7 @@ class Parts(Segmentation):
         return self.draw(self.train, indices, generator)
 
     def draw(self, split, indices, generator):
-        """Points drawn with replacement, as published: xyz, parts (B, N), category (B,) or None."""
+        """Drawn with replacement, as published: xyz, parts (B, N), category (B,) or None."""
         indices = indices.to(self.device)
         start = split.offsets[indices][:, None]  # (B, 1)
         size = split.offsets.diff()[indices][:, None]  # (B, 1)
@@ -154,8 +148,7 @@ class Parts(Segmentation):
 
     @torch.no_grad()
     def predictions(self, model):
-        """Name, xyz (N, 3), truth and prediction (N,), a part of its category, of each test cloud,
-        of a fixed sample of it."""
+        """Of a fixed sample of each test cloud: name, xyz (N, 3), truth, prediction (N,)."""
         model.eval()
         for indices in torch.arange(len(self.test)).split(32):
             generator = run.seeded(self.device, "test", int(indices[0]))
@@ -167,46 +160,40 @@ class Parts(Segmentation):
                 yield self.test.names[i], xyz[row].cpu().numpy(), truth[row].cpu(), predicted
 
     def evaluate(self, model):
-        """Also the mean IoU of a cloud's parts: mean over clouds, and mean of categories' means.
-        A part that is in neither truth nor prediction counts 100."""
+        """Also the mean IoU of clouds' parts: mean over clouds, and of categories' means."""
         values = super().evaluate(model)
         each = []
         for matrix, (first, end) in zip(self.matrices, self.test_ranges, strict=True):
-            each.append(metrics.iou(matrix)[first:end].nan_to_num(100.0).mean())
+            each.append(metrics.iou(matrix)[first:end].nan_to_num(100.0).mean())  # absent: 100
         each = torch.stack(each)  # (test clouds,)
         labels = self.test_labels
         by_category = [each[labels == label].mean() for label in labels.unique()]
         values["instance_miou"] = each.mean().item()
-        values["class_miou"] = torch.stack(by_category).mean().item()
-        return values
+        return values | {"class_miou": torch.stack(by_category).mean().item()}
 
 
 def sample_block(room, num_points, rng):
-    """A block of 1 m x 1 m, around a random point, of a room that is sorted along x: xyz
-    (num_points, 3) and labels. It holds more than num_points / 2 points (Sec. 5: 1024 of 2048);
-    where it holds fewer than num_points, some are repeated."""
+    """xyz (num_points, 3) and labels of 1 m x 1 m around a random point of a room sorted along x.
+    It holds more than num_points / 2 points (Sec. 5: 1024 of 2048), some repeated if too few."""
     for _ in range(200):
         center = room.xyz[rng.integers(len(room.xyz)), :2]
         first, end = np.searchsorted(room.xyz[:, 0], [center[0] - 0.5, center[0] + 0.5])
         inside = first + np.flatnonzero(abs(room.xyz[first:end, 1] - center[1]) <= 0.5)
         if len(inside) > num_points // 2:
             chosen = rng.choice(inside, num_points, replace=len(inside) < num_points)
-            origin = np.append(center, 0).astype(np.float32)
-            return room.xyz[chosen] - origin, room.labels[chosen]
-    raise act.UserError(
-        f"{room.name}: expected metres, over {num_points // 2} points in 1 m x 1 m; lower --points"
-    )
+            return room.xyz[chosen] - np.append(center, 0).astype(np.float32), room.labels[chosen]
+    expected = f"expected metres, over {num_points // 2} points in 1 m x 1 m; lower --points"
+    raise act.UserError(f"{room.name}: {expected}")
 
 
 def class_weights(rooms, num_classes):
-    """(most frequent class's points / a class's points)^(1/3), as published: (classes,) float32."""
-    labels = np.concatenate([room.labels for room in rooms])
-    count = np.bincount(labels, minlength=num_classes)
+    """(most frequent class's points / a class's)^(1/3), as published: (classes,) float32."""
+    count = np.bincount(np.concatenate([room.labels for room in rooms]), minlength=num_classes)
     return torch.from_numpy((count.max() / np.maximum(count, 1)) ** (1 / 3)).float()
 
 
 class Scenes(Segmentation):
-    """Whole rooms, trained on blocks of them. Labels are of the room's points as stored."""
+    """Whole rooms, trained on blocks of them."""
 
     metric = ""  # labelling whole rooms takes too long for every epoch
 
@@ -218,7 +205,7 @@ class Scenes(Segmentation):
         for room in data.train:
             order = room.xyz[:, 0].argsort(kind="stable")
             room = room._replace(xyz=room.xyz[order], labels=room.labels[order])
-            self.train += [room] * max(1, len(order) // config.points)  # as many points as it has
+            self.train += [room] * max(1, len(order) // config.points)  # all its points
         self.names = [f"{room.name}#{i}" for i, room in enumerate(self.train)]
         self.sizes = act.SegmenterConfig(**sizes, normalized=False, num_categories=0)
         self.sizes.num_parts = len(data.classes)
@@ -238,7 +225,7 @@ class Scenes(Segmentation):
         return xyz.to(self.device), labels.long().to(self.device), None
 
     def predictions(self, model):
-        """Name, xyz with y up, truth and prediction of all points of each test room."""
+        """Name, xyz with y up, truth and prediction of each test room."""
         print(f"labelling every point of {len(self.test)} test rooms", flush=True)
         for room in self.test:
             upright = clouds.normalize(room.xyz[:, [0, 2, 1]] * [1, 1, -1])

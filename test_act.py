@@ -29,9 +29,8 @@ from util import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+
 # -- helpers --------------------------------------------------------------------------------------
-
-
 def listed(out):
     """A tensor as a list of one, a tuple of tensors as a list."""
     return [out] if isinstance(out, torch.Tensor) else list(out)
@@ -86,7 +85,6 @@ def double(monkeypatch):
 both_modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 # -- geometry -------------------------------------------------------------------------------------
-
 CLOUDS = {  # what makes equal distances, rounding and odd memory layouts
     "normal": lambda xyz: xyz,
     "far": lambda xyz: xyz + 1e4,
@@ -119,11 +117,9 @@ def arguments(name, dtype=torch.float32, device="cpu"):
         "farthest_point_sample": (xyz, 20),
         "knn": (center, xyz, 7),
         "gather_points": (xyz, idx),
-        "group_points": (xyz, 6, 5),
-        "chamfer_distance": (xyz, center),
-        "fscore": (xyz, center, 0.5),
-        "interpolate": (xyz, center, features),
     }
+    calls |= {"group_points": (xyz, 6, 5), "chamfer_distance": (xyz, center)}
+    calls |= {"fscore": (xyz, center, 0.5), "interpolate": (xyz, center, features)}
     return calls[name]
 
 
@@ -284,25 +280,14 @@ def test_geometry_of_half_precision_is_computed_in_float32(name, dtype):
     for i, value in enumerate(singles):
         if torch.is_tensor(value) and value.is_floating_point():
             singles[i] = value.float()
-    kept = dtype
-    if name in ("knn", "chamfer_distance", "fscore"):
-        kept = torch.float32
     expected = listed(getattr(act, name)(*singles))
-    for i, value in enumerate(expected):
-        if value.is_floating_point():
-            expected[i] = value.to(kept)
-    assert_equal(call(name, dtype), expected)
+    for found, value in zip(call(name, dtype), expected, strict=True):
+        if value.is_floating_point() and name not in ("knn", "chamfer_distance", "fscore"):
+            value = value.to(dtype)  # what is a distance stays in float32
+        assert_equal(found, value)
 
 
 # -- Transformer ----------------------------------------------------------------------------------
-
-TORCHS_NAMES = [
-    ("attn.qkv.", "self_attn.in_proj_"),
-    ("attn.proj.", "self_attn.out_proj."),
-    ("mlp.fc", "linear"),
-]
-
-
 def torchs_block(block, x, mlp_hidden=48, norm_first=True, eps=1e-5, quick_gelu=False, **others):
     """The same block as torch's own layer."""
     gelu = F.gelu
@@ -311,9 +296,8 @@ def torchs_block(block, x, mlp_hidden=48, norm_first=True, eps=1e-5, quick_gelu=
     layer = nn.TransformerEncoderLayer(12, 3, mlp_hidden, 0.0, gelu, eps, True, norm_first)
     state = {"self_attn.in_proj_bias": torch.zeros(36)}
     for name, value in block.named_parameters():
-        for ours, theirs in TORCHS_NAMES:
-            name = name.replace(ours, theirs)
-        state[name] = value
+        name = name.replace("attn.qkv.", "self_attn.in_proj_").replace("mlp.fc", "linear")
+        state[name.replace("attn.proj.", "self_attn.out_proj.")] = value
     for scale, name in (("ls1.gamma", "self_attn.out_proj"), ("ls2.gamma", "linear2")):
         if scale in state:
             gamma = torch.diag(state.pop(scale))
@@ -364,7 +348,6 @@ def test_drop_path_grows_linearly_with_depth_in_encoder_and_decoder():
 
 
 # -- teacher --------------------------------------------------------------------------------------
-
 GRAPH = randn(2, 9, 9).topk(4)[1]
 SPLIT_PRODUCTS = {  # module, its inputs, the form with explicit concatenation
     "PatchEmbed": (partial(act.PatchEmbed, 16), [randn(2, 5, 7, 3)], plain.patch_embed),
@@ -448,20 +431,11 @@ def test_teacher_equals_the_formula(hard, train, double):
 
 def test_target_features_are_those_of_the_argmax_codes(double):
     teacher = common.make_teacher().double()
-    features, _, _, neighborhood, center, logits = plain_teacher(
-        teacher, random_clouds().double(), hard=True, train=False
-    )
+    xyz = random_clouds().double()
+    features, _, _, neighborhood, center, logits = plain_teacher(teacher, xyz, True, False)
     assert_equal(teacher.tokenize(neighborhood, center), logits.argmax(-1))
     found = teacher.features(neighborhood, center)
     assert_same_with_gradients(found, features, teacher.parameters(), 1e-9)
-
-
-@both_modes
-def test_gumbel_noise_is_on_in_training_only(train):
-    teacher = common.make_teacher(prompt="none").train(train)
-    state = torch.get_rng_state()
-    teacher(random_clouds())
-    assert torch.equal(torch.get_rng_state(), state) != train
 
 
 def test_teacher_takes_a_backbones_blocks_and_norms_without_its_image_side():
@@ -506,7 +480,6 @@ def test_teacher_loss_equals_an_independent_formula(name):
 
 
 # -- student --------------------------------------------------------------------------------------
-
 both_masks = pytest.mark.parametrize("make_mask", [act.random_mask, act.block_mask])
 
 
@@ -544,13 +517,6 @@ def test_block_masks_are_the_nearest_groups_of_each_member_equally_often():
         share = blocks.count(block) / 10
         error = abs(found.count(block) / 5000 - share)
         assert error < 4.5 * math.sqrt(share * (1 - share) / 5000)
-
-
-def test_a_split_mask_is_its_visible_and_its_masked_groups_in_order():
-    mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
-    visible, masked = act.split_mask(mask, "cpu")
-    assert visible.tolist() == [[1, 3], [0, 1]]
-    assert masked.tolist() == [[0, 2], [2, 3]]
 
 
 def plain_student(student, neighborhood, center, mask):
@@ -613,12 +579,6 @@ def test_encode_is_the_encoder_on_all_patches_of_any_float_type():
     assert_equal(act.global_feature(tokens), expected)
 
 
-@pytest.mark.parametrize("shape", [(64, 3), (3, 64, 6)], ids=str)
-def test_encode_names_a_wrong_shape(shape):
-    with refused("(B, N, 3)", shape):
-        make_student().encode(torch.zeros(shape))
-
-
 @pytest.mark.parametrize("kind", ["cosine", "l2", "smooth_l1"])
 def test_distillation_losses_equal_independent_formulas(kind):
     a = 2 * randn(2, 5, 7)
@@ -636,7 +596,6 @@ def test_distillation_losses_equal_independent_formulas(kind):
 
 
 # -- transfer heads -------------------------------------------------------------------------------
-
 CATEGORY = torch.tensor([2, 0, 1])  # of each cloud, for a model that wants it
 HEADED = {
     "mlp3": make_classifier,
@@ -707,43 +666,32 @@ def test_segmenter_reads_the_encoder_at_thirds_of_any_depth(depth, depths):
 
 
 # -- what training moves --------------------------------------------------------------------------
-
-
-def teacher_step(model):
-    return act.teacher_loss(model(random_clouds()), 0.1)[0]
-
-
-def student_step(model):
-    return act.distillation_loss(model(*random_patches()), randn(3, 6, 7))
-
-
-def classifier_step(model):
+def loss_of(model):
+    if isinstance(model, act.Teacher):
+        return act.teacher_loss(model(random_clouds()), 0.1)[0]
+    if isinstance(model, act.Student):
+        return act.distillation_loss(model(*random_patches()), randn(3, 6, 7))
     return F.cross_entropy(model(random_clouds()), torch.tensor([0, 1, 2]))
 
 
-def frozen_classifier(**options):
-    return make_classifier(**options).freeze_encoder()
-
-
 @pytest.mark.parametrize(
-    "build, step, frozen",
+    "model, frozen",
     [
-        (partial(common.make_teacher, prompt="deep"), teacher_step, "backbone"),
-        (partial(common.make_teacher, prompt="shallow"), teacher_step, "backbone"),
-        (partial(common.make_teacher, prompt="none"), teacher_step, "backbone"),
-        (frozen_classifier, classifier_step, "encoder"),
-        (partial(frozen_classifier, head="linear"), classifier_step, "encoder"),
-        (make_classifier, classifier_step, "nothing"),
-        (make_student, student_step, "nothing"),
+        (common.make_teacher(prompt="deep"), "backbone"),
+        (common.make_teacher(prompt="shallow"), "backbone"),
+        (make_classifier().freeze_encoder(), "encoder"),
+        (make_classifier(head="linear").freeze_encoder(), "encoder"),
+        (make_classifier(), "nothing"),
+        (make_student(), "nothing"),
     ],
 )
-def test_training_moves_all_but_the_frozen_which_stays_bit_identical(build, step, frozen):
-    model = build().train()
+def test_training_moves_all_but_the_frozen_which_stays_bit_identical(model, frozen):
+    model.train()
     before = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0)  # gradients alone
     for _ in range(4):
         optimizer.zero_grad()
-        step(model).backward()
+        loss_of(model).backward()
         optimizer.step()
     wanted = {name for name in model.state_dict() if not name.startswith(frozen + ".")}
     assert common.moved(before, model) == wanted
@@ -753,23 +701,18 @@ def test_training_moves_all_but_the_frozen_which_stays_bit_identical(build, step
 
 
 # -- mistakes in a call ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda: act.farthest_point_sample(randn(2, 5, 3), 0), ["num_samples", 5, 0]),
         (lambda: act.knn(randn(2, 9, 3), randn(2, 12, 3), 13), ["k", 12, 13]),
         (lambda: act.group_points(randn(2, 5, 3), 6, 2), [5, 6]),
-        (lambda: act.chamfer_distance(randn(2, 5, 3), randn(2, 5, 3), 3), ["norm", 3]),
+        (lambda: make_student().encode(randn(64, 3)), ["(B, N, 3)", (64, 3)]),
         (lambda: make_segmenter()(random_clouds()), ["category", 3]),
         (lambda: HEADED["scene"]()(random_clouds(), CATEGORY), ["category", 0]),
         (lambda: make_classifier(head="mlp"), ["head", "mlp3", "mlp"]),
-        (lambda: act.distillation_loss(randn(2, 5), randn(2, 5), "l1"), ["kind", "l1"]),
         (lambda: act.distillation_loss(randn(2, 5), randn(5)), [(2, 5), (5,)]),
         (lambda: act.split_mask(torch.tensor([[True, False], [True, True]]), "cpu"), [[1, 2]]),
-        (lambda: act.Block(10, 3), [10, 3]),
-        (lambda: act.FoldingDecoder(8, 30), ["group_size", 4, 30]),
         (lambda: act.TeacherConfig(prompt="wide"), ["prompt", "deep", "wide"]),
     ],
 )
@@ -779,8 +722,6 @@ def test_what_is_wrong_is_named(call, words):
 
 
 # -- export, devices, imports ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["Classifier", "Student"])
 def test_torch_export_works_with_any_batch(kind):
     model = make(kind)
@@ -788,15 +729,10 @@ def test_torch_export_works_with_any_batch(kind):
         model.forward = model.encode
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     program = torch.export.export(model, (random_clouds(3),), dynamic_shapes=shapes).module()
-    for B in (1, 3, 7):
+    for B in (1, 7):
         xyz = random_clouds(B, seed=5)
         assert_close(program(xyz), model(xyz))
-
-
-def test_torch_jit_traces_a_classifier():
-    model = make_classifier()
-    traced = torch.jit.trace(model, random_clouds())
-    assert_close(traced(random_clouds(seed=5)), model(random_clouds(seed=5)))
+    assert_close(torch.jit.trace(model, random_clouds())(random_clouds(7)), model(random_clouds(7)))
 
 
 def run_everything(device):

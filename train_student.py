@@ -9,8 +9,10 @@
 Leaves last.pt, metrics.jsonl, loss.svg, features and reconstruction in --out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,29 +21,8 @@ import act
 from util import clouds, datasets, metrics, pictures, run
 from util.run import flag
 
-# -- config ---------------------------------------------------------------------------------------
-PRESETS = {  # base is the published run
-    "tiny": dict(epochs=14, batch_size=16, lr=1e-3, mask_ratio=0.6, log_every=50),
-    "small": dict(epochs=50, batch_size=128, lr=1e-3, mask_ratio=0.8),
-    "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8),
-}
-SET = "num_group group_size width depth num_heads encoder_dims drop_path decoder_depth".split()
 
-
-@dataclass
-class Config(run.RunConfig):
-    out: str = flag("runs/student", "folder of the results")
-    weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05)
-    teacher: str = flag("runs/teacher/last.pt", "the teacher, ours or official")
-    target: str = flag("teacher", "what is predicted", choices=("teacher", "coordinates", "codes"))
-    loss: str = flag(None, "default: cosine", "cosine", str, ("cosine", "smooth_l1", "l2"))
-    mask_ratio: float = flag(None, "share of masked patches", 0.8, float)
-    mask: str = flag("random", "random patches or a block", "random", choices=("random", "block"))
-    init: str = flag("", "a student to start from: ours, official or Point-MAE's")
-    set: list = flag((), f"NAME=VALUE of the student's {', '.join(SET)}")
-
-
-# -- target: what is predicted of the masked patches, one function each ---------------------------
+# -- target: what is predicted of the masked patches ----------------------------------------------
 class FixedTeacher:
     """The teacher, never trained here: its prompts are computed once for a run."""
 
@@ -75,38 +56,75 @@ def coordinates_loss(prediction, neighborhood, center, masked, teacher, kind):
     return act.chamfer_distance(prediction.float().reshape(patch.shape), patch, norm=2)
 
 
-TARGETS = {"teacher": features_loss, "codes": codes_loss, "coordinates": coordinates_loss}
+class Target(NamedTuple):
+    """A choice of --target; a further one is a loss function and a row of TARGETS."""
+
+    loss: Callable
+    dim: Callable  # (teacher's or None, student's config) -> D
+    needs_teacher: bool = True
+    has_points: bool = True  # for a picture of what is predicted
+
+
+TARGETS = {
+    "teacher": Target(features_loss, lambda teacher, student: teacher.decoder_dims),
+    "codes": Target(codes_loss, lambda teacher, student: teacher.num_tokens, has_points=False),
+    "coordinates": Target(coordinates_loss, lambda teacher, student: 3 * student.group_size, False),
+}
+# A further mask is a function (center, ratio, generator) -> (B, G) bool and a row here.
+MASKS = {"random": act.random_mask, "block": act.block_mask}
+
+
+# -- config ---------------------------------------------------------------------------------------
+PRESETS = {  # base is the published run
+    "tiny": dict(epochs=14, batch_size=16, lr=1e-3, mask_ratio=0.6, log_every=50),
+    "small": dict(epochs=50, batch_size=128, lr=1e-3, mask_ratio=0.8),
+    "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8),
+}
+PATCHES = ["num_group", "group_size"]  # with a teacher, they are the teacher's
+SIZES = ["width", "depth", "num_heads", "encoder_dims", "drop_path", "decoder_depth"]
+
+
+@dataclass
+class Config(run.RunConfig):
+    out: str = flag("runs/student", "folder of the results")
+    weight_decay: float = flag(0.05, "AdamW's weight decay", 0.05)
+    teacher: str = flag("runs/teacher/last.pt", "the teacher, ours or official")
+    target: str = flag("teacher", "what is predicted", choices=tuple(TARGETS))
+    loss: str = flag(None, "default: cosine", "cosine", str, ("cosine", "smooth_l1", "l2"))
+    mask_ratio: float = flag(None, "share of masked patches", 0.8, float)
+    mask: str = flag("random", "random patches or a block", "random", choices=tuple(MASKS))
+    init: str = flag("", "a student to start from: ours, official or Point-MAE's")
+    set: list = flag((), f"NAME=VALUE of the student's {', '.join(PATCHES + SIZES)}")
 
 
 def draw_patches(xyz, config, c, step, share):
-    """Neighborhood, center, mask of a share of a batch; masks are drawn for the whole."""
+    """Neighborhood, center and mask of this process's share of a batch (B, N, 3).
+
+    The mask is drawn for the whole batch, whatever the number of processes."""
     generator = run.seeded("cpu", config.seed, "mask", step)
-    if config.mask == "random":  # depends on the shape (B, G) alone
+    if config.mask == "random":  # needs only the shape (B, G, 3): each process groups its share
         mask = act.random_mask(xyz[:, : c.num_group], config.mask_ratio, generator)
         neighborhood, center = act.group_points(xyz[share], c.num_group, c.group_size)
         return neighborhood, center, mask[share]
     neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
-    mask = act.block_mask(center, config.mask_ratio, generator)
+    mask = MASKS[config.mask](center, config.mask_ratio, generator)
     return neighborhood[share], center[share], mask[share]
 
 
 # -- model ----------------------------------------------------------------------------------------
 def student_config(config, source, teacher, normalized):
-    """By --size, or as `source`, the model of --init, and --set; patches as the teacher's."""
+    """Sizes of --size, or of the model of --init; then --set. Patches are the teacher's."""
+    c = None
     sizes = act.StudentConfig(**run.ENCODER_SIZES[config.size])
     if source is not None:
         sizes = source.config
-    names = SET
+    names = PATCHES + SIZES
     if teacher is not None:
         c = teacher.model.config
         sizes = replace(sizes, num_group=c.num_group, group_size=c.group_size)
-        names = SET[2:]  # not the patches
+        names = SIZES
     sizes = run.override(sizes, config.set, names)
-    dim = 3 * sizes.group_size  # what is predicted of a masked patch
-    if config.target == "codes":
-        dim = len(teacher.model.codebook)
-    elif config.target == "teacher":
-        dim = teacher.model.config.decoder_dims
+    dim = TARGETS[config.target].dim(c, sizes)
     return replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
 
 
@@ -125,19 +143,6 @@ def load_matching(student, source, config):
         raise act.UserError(f"{config.init}: expected its encoder, got --set {config.set}")
     student.load_state_dict(state)
     print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
-
-
-def build_student(config, teacher, normalized, device):
-    """A new student, with the weights of --init if given."""
-    source = None
-    if config.init:
-        source = run.load_model(config.init, device, act.Student)
-    sizes = student_config(config, source, teacher, normalized)
-    torch.manual_seed(config.seed)
-    student = act.Student(sizes).to(device)
-    if source is not None:
-        load_matching(student, source, config)
-    return student
 
 
 @torch.no_grad()
@@ -205,8 +210,7 @@ def write_reconstruction(student, teacher, xyz, config, path):
     seen = act.gather_points(neighborhood.flatten(2), visible)  # (B, V, 3 S)
     order = torch.cat([visible, masked], dim=1)
     patches = torch.cat([seen, prediction], dim=1).unflatten(2, (-1, 3))  # (B, G, S, 3)
-    points = patches + act.gather_points(center, order)[:, :, None]
-    points = points.flatten(1, 2).cpu().numpy()  # (B, G S, 3)
+    points = (patches + act.gather_points(center, order)[:, :, None]).flatten(1, 2).cpu().numpy()
     n = seen[0].numel() // 3  # visible points of a cloud
     colors = pictures.palette(2).repeat([n, points.shape[1] - n], axis=0)
     rows = []
@@ -233,7 +237,7 @@ def main(config):
     if config.target == "teacher" and not config.loss:
         config = replace(config, loss="cosine")
 
-    # -- data -------------------------------------------------------------------------------------
+    # -- data
     dataset = datasets.open_dataset(config.data, config.cache or None, config.variant, config.area)
     print(datasets.describe(dataset))
     train = dataset.train
@@ -243,13 +247,15 @@ def main(config):
         print(f"pretraining on all {len(train)} clouds, the test set's too, without labels")
     config = run.plan(config, len(train))
 
-    # -- model ------------------------------------------------------------------------------------
-    teacher = None
-    if config.target != "coordinates":
-        teacher = FixedTeacher(config.teacher, device)
-    target_loss = TARGETS[config.target]
-    student = build_student(config, teacher, train.normalized, device)
-    c = student.config
+    # -- model
+    target = TARGETS[config.target]
+    teacher = FixedTeacher(config.teacher, device) if target.needs_teacher else None
+    source = run.load_model(config.init, device, act.Student) if config.init else None
+    c = student_config(config, source, teacher, train.normalized)
+    torch.manual_seed(config.seed)
+    student = act.Student(c).to(device)
+    if source is not None:
+        load_matching(student, source, config)
     for split in (train, test):
         clouds.check_sizes(split, c.num_group, c.group_size, config.points)
     train = run.place(train, device)
@@ -262,12 +268,12 @@ def main(config):
         f"wide, {c.depth} deep, {count:.1f} M parameters; target {config.target}"
     )
 
-    # -- optimizer, resume ------------------------------------------------------------------------
+    # -- optimizer, resume
     optimizer = run.adamw(student, config.lr, config.weight_decay)
     net = run.parallel(student, config)
     log, _ = run.begin(config, student, optimizer, train.names)
 
-    # -- loop -------------------------------------------------------------------------------------
+    # -- loop
     warmup = 10 * (len(train) // config.batch_size)  # ten epochs
     share = slice(run.RANK, None, run.WORLD)
     for epoch in range(log.epoch, config.epochs):
@@ -281,7 +287,7 @@ def main(config):
             visible, masked = act.split_mask(mask, device)
             with run.autocast(config, device):
                 prediction = net(neighborhood, center, mask, (visible, masked))  # (B, M, D)
-                loss = target_loss(prediction, neighborhood, center, masked, teacher, config.loss)
+                loss = target.loss(prediction, neighborhood, center, masked, teacher, config.loss)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = run.gradient_norm(student)
@@ -290,7 +296,7 @@ def main(config):
         log.end_epoch(cosine_per_depth=cosine_per_depth(student, test, config))
         run.save(log, student, optimizer)
 
-    # -- results ----------------------------------------------------------------------------------
+    # -- results
     if run.RANK > 0:
         return
     torch.manual_seed(config.seed)
@@ -299,7 +305,7 @@ def main(config):
     xyz, _ = test.sample(chosen, config.points, run.seeded(device, config.seed, "picture"))
     print("pictures, from the top:", ", ".join(test.names[i] for i in chosen))
     write_features(student, untrained, teacher, xyz, log.folder / "features")
-    if config.target != "codes":
+    if target.has_points:
         write_reconstruction(student, teacher, xyz, config, log.folder / "reconstruction")
     pictures.write_chart(log.folder / "loss.svg", log.rows)
     labels = dataset.train.labels

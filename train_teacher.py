@@ -125,10 +125,8 @@ def information(logits):
 # -- start of the codes, with --codes information -------------------------------------------------
 @torch.no_grad()
 def start_codes(teacher, train, config, device):
-    """The codebook starts from patches of the training clouds, not from noise.
-
-    A patch gets the code that it most resembles by the features of the untrained encoder. From
-    noise, the decoder learns to ignore the codes before they mean anything."""
+    """The codebook starts from patches of the training clouds: from noise, the decoder learns to
+    ignore the codes before they mean anything. A patch gets the code that it most resembles."""
     c = teacher.config
     if c.tokens_dims != c.encoder_dims:
         raise act.UserError(f"--set: expected tokens_dims of {c.encoder_dims}, got {c.tokens_dims}")
@@ -136,8 +134,7 @@ def start_codes(teacher, train, config, device):
     indices = torch.linspace(0, len(train) - 1, math.ceil(4 * c.num_tokens / c.num_group)).long()
     xyz, _ = train.sample(indices, config.points, run.seeded(device, config.seed, "codes"))
     neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
-    # BatchNorm's running statistics become those of the untrained encoder on these patches.
-    torch.optim.swa_utils.update_bn([neighborhood], teacher.encoder)
+    torch.optim.swa_utils.update_bn([neighborhood], teacher.encoder)  # its running statistics
     teacher.encoder.eval()
     patch = teacher.encoder(neighborhood)  # (B, G, C)
     edges = teacher.dgcnn_1.edges(patch, act.center_graph(center))  # (B, G, edges)
@@ -152,18 +149,15 @@ def start_codes(teacher, train, config, device):
 
 
 def start_codebook(patch, chosen):
-    """Code k is the feature of patch i_k, standardised over all patches.
-
-    patch (n, C), chosen (codes,) -> (codes, C): (f[i_k] - mean f) / (std f + 1e-6)."""
+    """patch (n, C), chosen (codes,) -> codes (codes, C): (f[i_k] - mean f) / (std f + 1e-6)."""
     standardised = (patch - patch.mean(dim=0)) / (patch.std(dim=0) + 1e-6)
     return standardised[chosen]
 
 
 def start_rows(edges, chosen):
-    """Rows of the layer that gives the logits: row k responds to patches like patch i_k.
-
-    edges (n, D), chosen (codes,) -> (codes, D): r - (r . m) m, scaled to length 1, where r is
-    edges[i_k] - mean and m the direction of the mean, which would add the same to every logit."""
+    """Rows of the layer of the logits, edges (n, D), chosen (codes,) -> (codes, D): row k, for
+    patches like i_k, is r - (r . m) m, scaled to length 1, where r is edges[i_k] - mean and m the
+    direction of the mean, which would add the same to every logit."""
     mean = edges.mean(dim=0)
     axis = F.normalize(mean, dim=0)
     rows = edges[chosen] - mean
@@ -243,12 +237,12 @@ def write_picture(teacher, test, config, path):
 def main(config):
     config, device = run.setup(config, PRESETS)
 
-    # -- data -------------------------------------------------------------------------------------
+    # -- data
     dataset = datasets.open_dataset(config.data, config.cache or None, config.variant, config.area)
     print(datasets.describe(dataset))
     config = run.plan(config, len(dataset.train))
 
-    # -- model ------------------------------------------------------------------------------------
+    # -- model
     teacher = build_teacher(config, device)
     c = teacher.config
     for split in (dataset.train, dataset.test):
@@ -269,16 +263,13 @@ def main(config):
         f"{trained:.1f} M trained parameters, from {config.init or 'scratch'}"
     )
 
-    # -- optimizer, resume ------------------------------------------------------------------------
+    # -- optimizer, resume
     optimizer = run.adamw(teacher, config.lr, config.weight_decay, slow)
     net = run.parallel(teacher, config)
     log, state = run.begin(config, teacher, optimizer, train.names)
-    if state is None:
-        before = evaluate(teacher, test, config, 256)
-    else:
-        before = state["before"]
+    before = state["before"] if state else evaluate(teacher, test, config, 256)
 
-    # -- loop -------------------------------------------------------------------------------------
+    # -- loop
     warmup = 10 * (len(train) // config.batch_size)  # ten epochs
     for epoch in range(log.epoch, config.epochs):
         teacher.train()
@@ -301,11 +292,10 @@ def main(config):
             rates = dict(grad_norm=grad_norm, lr=lr, temperature=tau, kl_weight=weight)
             log.add(loss=loss, reconstruction=reconstruction, kl=kl, **rates)
         metrics = code_metrics(run.sum_over_processes(usage))
-        metrics["cd_l1"] = evaluate(teacher, test, config, 64)["cd_l1"]
-        log.end_epoch(**metrics)
+        log.end_epoch(**metrics, cd_l1=evaluate(teacher, test, config, 64)["cd_l1"])
         run.save(log, teacher, optimizer, before=before)
 
-    # -- results ----------------------------------------------------------------------------------
+    # -- results
     if run.RANK > 0:
         return
     count = min(len(test), 256)
@@ -317,13 +307,10 @@ def main(config):
     for when, values in (("before", before), ("after", after)):
         for name in ("cd_l1", "cd_l2", "fscore"):
             metrics[f"{name}_{when}"] = values[name]
-    metrics["cd_l1_other"] = after["cd_l1_other"]
-    log.close(**metrics)
+    log.close(**metrics, cd_l1_other=after["cd_l1_other"])
     for name, title, scale in (("cd_l1", "CD-L1 x 1000", 1000), ("fscore", "F-score, %", 100)):
-        print(
-            f"reconstruction of {count} test clouds, {title}: "
-            f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained"
-        )
+        text = f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained"
+        print(f"reconstruction of {count} test clouds, {title}: {text}")
     worse = 100 * (after["cd_l1_other"] / after["cd_l1"] - 1)
     warning = ""
     if worse < 2 and count >= 32:

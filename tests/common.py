@@ -66,6 +66,11 @@ def interrupt(step):
     return add_and_interrupt
 
 
+class Hostile(str):  # makes a folder of this name if it is unpickled as usual
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
+
+
 def rows_of(folder):
     """The rows of metrics.jsonl without the seconds."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()

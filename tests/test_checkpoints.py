@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 import act
-from common import ENCODER as SMALL
-from common import assert_close, assert_equal, make, make_teacher, moved, randn, randomise, refused
+import common
+from common import assert_close, make, randn, refused
 
 SIZES = act.BackboneConfig(width=128, depth=2, num_heads=2, mlp_hidden=160)
 IMAGES = randn(2, 3, 12, 12, seed=7)
@@ -21,7 +21,7 @@ def timm_file(folder, name="weights.pth", **change):
     """A ViT and its file under timm's names: class token, 3 x 3 patches of 4 x 4 pixels."""
     torch.manual_seed(0)
     model = act.Backbone(replace(SIZES, patch_size=4, grid=3, num_prefix=1))
-    model = randomise(model).eval()
+    model = common.randomise(model).eval()
     state = model.state_dict()
     token = state.pop("prefix_tokens")
     state["cls_token"] = token - 0.5
@@ -53,7 +53,7 @@ def test_safetensors_are_read_by_their_suffix(tmp_path):
     safetensors.save_file(state, tmp_path / "x.safetensors")
     read = act.read_tensors(tmp_path / "x.safetensors")
     assert read.keys() == state.keys()
-    assert_equal([read["a"], read["b"]], [state["a"], state["b"]])
+    common.assert_equal([read["a"], read["b"]], [state["a"], state["b"]])
 
 
 def test_images_of_another_size_resample_the_positions():
@@ -68,21 +68,14 @@ def test_images_of_another_size_resample_the_positions():
     assert (ramp[0].diff(dim=0) > 0).all()
 
 
-def test_a_backbone_without_an_image_side_names_what_to_call():
-    with refused("images", "forward_tokens"):
-        act.Backbone(SIZES).forward_features(IMAGES)
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
         ({"fc_norm.weight": torch.ones(2)}, ["fc_norm.weight"]),
         ({"blocks.1.mlp.fc2.bias": None}, ["blocks.1.mlp.fc2.bias"]),
         ({"blocks.0.attn.qkv.weight": None}, ["blocks.0.attn.qkv.weight"]),
-        ({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, ["blocks.0.mlp.fc1.weight"]),
         ({"norm.weight": torch.ones(2)}, ["norm.weight", 2, 128]),
         ({"cls_token": None}, ["cls_token"]),
-        ({"pos_embed": None}, ["pos_embed"]),
         ({"pos_embed": torch.ones(1, 129, 128)}, ["square", 129]),  # 16 x 8 and a class token
         ({"cls_token": torch.ones(1, 1, 7)}, ["128"]),
     ],
@@ -103,24 +96,14 @@ def test_a_file_cut_short_is_named(tmp_path, name, share):
         act.load_pretrained(path)
 
 
-class Hostile:
-    """Its pickle makes a folder when it is loaded by the usual unpickler."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("name", ["a.pth", "a.npz"])
 def test_code_in_a_file_is_not_run(tmp_path, name):
     trace = tmp_path / "trace"
     path = tmp_path / name
     if name == "a.npz":
-        np.savez(path, cls=np.array([Hostile(trace)], dtype=object))
+        np.savez(path, cls=np.array([common.Hostile(trace)], dtype=object))
     else:
-        torch.save({"model": {}, "epoch": Hostile(trace)}, path)
+        torch.save({"model": {}, "epoch": common.Hostile(trace)}, path)
     for read in (act.load_pretrained, act.load):
         with refused(path):
             read(path)
@@ -128,7 +111,7 @@ def test_code_in_a_file_is_not_run(tmp_path, name):
 
 
 OWN = {
-    "Teacher": partial(make_teacher, "CLIP", prompt="shallow"),
+    "Teacher": partial(common.make_teacher, "CLIP", prompt="shallow"),
     "Student": partial(make, "Student", points=77, normalized=False),
     "Classifier": partial(make, "Classifier", class_names=["a", "b"], head="linear"),
     "Segmenter": partial(make, "Segmenter", class_names=["x"], part_ranges=[[0, 2], [2, 5]]),
@@ -148,7 +131,7 @@ def test_a_checkpoint_gives_its_model_back(tmp_path, kind):
     assert type(loaded) is type(model)
     assert not loaded.training
     assert loaded.config == model.config
-    assert not moved(model, loaded)
+    assert not common.moved(model, loaded)
 
 
 def test_a_save_that_fails_leaves_the_file_before_it(tmp_path):
@@ -169,8 +152,8 @@ def test_a_save_that_fails_leaves_the_file_before_it(tmp_path):
         ({"kind": ["x"]}, ["kind"]),
         ({"config": 3}, ["config"]),
         ({"config": {"foo": 1}}, ["foo"]),
-        ({"config": SMALL | {"depth": 5}}, ["encoder.blocks.3"]),
-        ({"config": SMALL | {"num_heads": 5}}, [5, 12]),
+        ({"config": common.ENCODER | {"depth": 5}}, ["encoder.blocks.3"]),
+        ({"config": common.ENCODER | {"num_heads": 5}}, [5, 12]),
     ],
     ids=str,
 )

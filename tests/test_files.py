@@ -85,7 +85,7 @@ def test_samples_of_a_mesh_are_spread_like_its_area(name):
     x, y, _ = xyz[xyz[:, 2] == 0].T
     assert y[(x > 1) & (x < 9)].max() < 1
     np.testing.assert_allclose([x.mean(), y.mean()], [5, (18 * 5.5 + 10 * 0.5) / 28], atol=0.2)
-    np.testing.assert_array_equal(xyz, files.read_points(name))  # the same ones each time
+    np.testing.assert_array_equal(xyz, files.read_points(name))  # each time
 
 
 @given(st.integers(4, 12), st.integers(0, 999))

@@ -55,19 +55,12 @@ def test_a_points_label_is_that_of_its_mean_probability_in_all_sets():
     assert not np.array_equal(total.argmax(axis=1), xyz[:, 2] < 0)
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-def test_an_objects_sets_are_normalised_and_a_rooms_are_not(normalized):
-    model = Pointwise(points=30, normalized=normalized)
-    inference.label_points(model, 7 + uniform_room(1, 1, 2))
-    radius = model.seen[0][0].norm(dim=2).amax(dim=1)
-    assert torch.allclose(radius, torch.ones(()), atol=1e-5) == normalized
-
-
 @pytest.mark.parametrize("category, parts", [(0, {0}), (1, {1, 2})])
 def test_with_a_category_only_its_parts_are_answers(category, parts):
     model = Pointwise(points=30, num_categories=2, part_ranges=[[0, 1], [1, 3]])
     assert set(inference.label_points(model, uniform_room(1, 1, 3), category)) <= parts
     assert set(model.seen[0][1].tolist()) == {category}
+    assert model.seen[0][0].norm(dim=2).max().item() == pytest.approx(1)  # normalised
 
 
 def test_a_legend_names_every_label_beside_a_colour_of_its_own(tmp_path):

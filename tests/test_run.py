@@ -1,6 +1,5 @@
 """util/run.py: flags, schedules, optimizer, processes, the log and the folder of a run."""
 
-import json
 import math
 import subprocess
 import sys
@@ -17,7 +16,6 @@ SIZES = dict(num_group=8, group_size=4, width=32, depth=1, num_heads=1, encoder_
 SMALL = act.StudentConfig(decoder_depth=1, target_dim=12, drop_path=0.0, **SIZES)
 
 
-# -- flags ----------------------------------------------------------------------------------------
 @dataclass
 class Config(run.RunConfig):
     files: list = run.flag((), "files", kind="positional")
@@ -37,36 +35,22 @@ def test_flags_have_types_may_have_underscores_and_lists_add_up():
 
 
 def test_a_bad_flag_is_refused_by_name():
-    for (
-        word
-    ) in "--epoch=3 --epochs=many --size=huge --epochs=-1 --lr=nan --lr=inf --mask=x".split():
+    for word in "--epoch=3 --epochs=many --size=huge --epochs=-1 --lr=nan --mask=x".split():
         with refused(word.split("=")[0]):
             parse("file " + word)
-
-
-def test_help_shows_defaults_and_published_values(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "weight decay, 5 % (default: 0.05) (the paper: 0.05)" in text
 
 
 def test_set_changes_a_copy_keeps_types_and_refuses_other_names_and_values():
     sizes = act.StudentConfig()
     changed = run.override(sizes, ["depth=3", "drop_path=0"], ["depth", "drop_path"])
-    assert changed == replace(act.StudentConfig(), depth=3, drop_path=0.0)
-    assert isinstance(changed.drop_path, float) and sizes.depth == 12
+    assert changed == replace(act.StudentConfig(), depth=3, drop_path=0.0) and sizes.depth == 12
     for pair in "depth=few depth width=3 depth=-1 drop_path=2 drop_path=nan".split():
         with refused(f"--set {pair}"):
             run.override(sizes, [pair], ["depth", "drop_path"])
 
 
-MISTAKES = [
-    (act.UserError("a:\n b"), 2, 1),
-    (KeyboardInterrupt(), 130, 1),
-    (BrokenPipeError(), 141, 0),
-    (ValueError("a bug"), None, 0),
-]
+MISTAKES = [(act.UserError("a:\n b"), 2, 1), (KeyboardInterrupt(), 130, 1)]  # code, lines
+MISTAKES += [(BrokenPipeError(), 141, 0), (ValueError("a bug"), None, 0)]
 
 
 @pytest.mark.parametrize("error, code, lines", MISTAKES)
@@ -82,12 +66,10 @@ def test_a_mistake_is_one_line_and_a_bug_a_traceback(error, code, lines, capsys,
     assert capsys.readouterr().err.count("\n") == lines
 
 
-# -- device, seeds, batches, learning rate, optimizer ---------------------------------------------
 def test_a_size_settles_the_flags_that_are_not_given():
     presets = {"small": dict(epochs=5, lr=0.1, points=99, width=384)}
     given = run.RunConfig(size="small", lr=0.5, device="cpu", precision="fp32")
-    config, device = run.setup(given, presets)
-    assert device == torch.device("cpu")
+    config, _ = run.setup(given, presets)
     assert config == replace(given, epochs=5, points=99)
     with refused("--device", "cuda:99"):
         run.setup(replace(given, device="cuda:99"), presets)
@@ -99,8 +81,7 @@ def test_a_step_draws_from_seed_and_step_alone(monkeypatch):
         return torch.rand(4).tolist(), torch.rand(4, generator=generator).tolist()
 
     noise, batch = draws(0, 7)
-    assert draws(0, 7) == (noise, batch)
-    assert draws(1, 7)[0] != noise and draws(0, 8)[1] != batch
+    assert draws(0, 7)[0] == noise != draws(1, 7)[0] and draws(0, 8)[1] != batch
     monkeypatch.setattr(run, "RANK", 1)  # processes share the batch and not the noise
     assert draws(0, 7)[0] != noise and draws(0, 7)[1] == batch
 
@@ -115,17 +96,15 @@ def test_the_rate_warms_up_for_a_tenth_at_most_and_ends_on_a_cosine():
 
     rates = [rate(step) for step in (0, 25, 50, 525, 1000)]
     assert rates == pytest.approx([1e-6, 5.005e-4, 1e-3, 5.005e-4, 1e-6])
-    assert rate(99, warmup=10_000) < rate(100, warmup=10_000) == pytest.approx(1e-3)
-    for group in optimizer.param_groups:
-        slow = group["params"][0] in set(model[0].parameters())
-        assert group["lr"] == pytest.approx(1e-4 if slow else 1e-3)
+    assert rate(100, warmup=10_000) == pytest.approx(1e-3)
+    rates = {id(group["params"][0]): group["lr"] for group in optimizer.param_groups}
+    assert rates[id(model[0].weight)] == pytest.approx(1e-4)
 
 
 def test_weight_decay_spares_vectors_tokens_and_what_is_frozen(teacher_run):
     teacher = act.load(teacher_run / "last.pt")
     names = {id(p): name for name, p in teacher.named_parameters()}
     groups = run.adamw(teacher, 1e-3, 0.1).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0]
     decayed, spared = [{names[id(p)] for p in group["params"]} for group in groups]
     assert {"codebook", "deep_prompt_pos", "proj_pre.weight"} <= decayed
     assert {"visual_prompt_token", "deep_prompt_tokens", "proj_pre.bias"} <= spared
@@ -140,7 +119,7 @@ def test_an_epoch_takes_every_cloud_once_in_an_order_of_its_own_up_to_the_last_s
     assert not same(first, second)
     assert same(run.epoch_batches(config, 11, epoch=1, step=3), second[1:])
     config = run.plan(run.RunConfig(batch_size=4, steps=3, epochs=9), count=11)
-    assert config.epochs == 2 and len(run.epoch_batches(config, 11, epoch=1)) == 1
+    assert len(run.epoch_batches(config, 11, epoch=1)) == 1
 
 
 def test_a_batch_is_a_multiple_of_the_processes_and_at_most_all_clouds(monkeypatch):
@@ -152,7 +131,6 @@ def test_a_batch_is_a_multiple_of_the_processes_and_at_most_all_clouds(monkeypat
             run.plan(run.RunConfig(batch_size=batch_size, epochs=1), count)
 
 
-# -- the log and the folder of a run --------------------------------------------------------------
 def begin(folder, **settings):
     """(log, state, student, optimizer) of a run on the clouds a and b."""
     config = run.RunConfig(steps=6, epochs=3, batch_size=1, lr=1e-3, out=str(folder), **settings)
@@ -164,7 +142,6 @@ def begin(folder, **settings):
 
 @pytest.fixture
 def finished(tmp_path):
-    """The log of a run of one step and one epoch in tmp_path."""
     log, _, student, optimizer = begin(tmp_path)
     log.add(loss=torch.tensor(1.0))
     log.end_epoch()
@@ -176,7 +153,7 @@ def contents(folder):
     return [(folder / name).read_bytes() for name in ("last.pt", "metrics.jsonl", "config.json")]
 
 
-def test_rows_have_the_means_of_tensors_and_the_last_of_numbers(tmp_path, capsys):
+def test_rows_have_the_means_of_tensors_and_the_last_of_numbers(tmp_path):
     log, _, _, _ = begin(tmp_path, log_every=2)
     for value in (1.0, 2.0, 6.0):
         log.add(loss=torch.tensor(value), lr=value)
@@ -184,22 +161,17 @@ def test_rows_have_the_means_of_tensors_and_the_last_of_numbers(tmp_path, capsys
     log.add(loss=torch.tensor(1.0), lr=0.5, extra=torch.tensor(7.0))
     log.add(extra=torch.tensor(9.0), lr=0.25, loss=torch.tensor(2.0))  # in another order
     log.end_epoch(table=[1, 2])
-    log.close(done=1.0)
     assert rows_of(tmp_path) == [
         dict(epoch=1, step=2, loss=1.5, lr=2.0),  # since the row before
         dict(epoch=1, step=3, loss_epoch=3.0, lr=6.0, accuracy=50.0),  # of the epoch
         dict(epoch=2, step=4, loss=1.0, lr=0.5, extra=7.0),
         dict(epoch=2, step=5, loss_epoch=1.5, lr=0.25, extra=8.0, table=[1, 2]),
-        dict(epoch=2, step=5, done=1.0),
     ]
-    line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith("epoch 1  step 2 of 6") and line.endswith("loss 1.5  lr 2")
 
 
 def test_adding_a_step_reads_no_value_on_the_host(tmp_path):
-    """On a GPU each such read would wait for all that is queued there; meta tensors have none."""
     log, _, _, _ = begin(tmp_path)
-    log.add(loss=torch.ones((), device="meta"), lr=0.1)
+    log.add(loss=torch.ones((), device="meta"), lr=0.1)  # Meta tensors have no value.
     with pytest.raises(NotImplementedError):
         log.end_epoch()
 
@@ -212,20 +184,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(tmp_pat
     assert contents(tmp_path) == before
 
 
-def test_the_checkpoint_says_what_ran(tmp_path, finished):
-    state = checkpoint(tmp_path)
-    about = json.loads((tmp_path / "config.json").read_text())
-    assert about == {name: state[name] for name in about}
-    assert (state["kind"], state["epoch"], state["step"], state["before"]) == ("Student", 1, 1, 7)
-    assert about["settings"]["out"] == str(tmp_path)
-
-
 def test_an_earlier_run_is_moved_aside_and_other_files_are_not(tmp_path, finished):
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
     begin(tmp_path)
-    (aside,) = tmp_path.glob("earlier-*")
-    assert contents(aside) == before
+    assert contents(next(tmp_path.glob("earlier-*"))) == before
     assert not (tmp_path / "last.pt").exists() and (tmp_path / "notes.txt").exists()
 
 
@@ -238,8 +201,6 @@ def test_a_folder_that_another_process_uses_or_none_is_refused(tmp_path):
         with refused("--out", tmp_path, "another run"):
             begin(tmp_path)
         other.communicate("\n")
-    with refused("--out", ".lock"):
-        begin(tmp_path / ".lock")
 
 
 def test_a_run_resumes_with_its_rows_and_its_checkpoint_if_settings_agree(tmp_path, finished):
@@ -247,25 +208,12 @@ def test_a_run_resumes_with_its_rows_and_its_checkpoint_if_settings_agree(tmp_pa
     with refused("last.pt", "seed was 0, is 3"):
         begin(tmp_path, resume=True, seed=3)
     assert contents(tmp_path) == before
-    log, state, student, optimizer = begin(tmp_path, resume=True)
+    log, state, student, _ = begin(tmp_path, resume=True)
     assert (log.step, log.epoch, state["before"]) == (1, 0, 7)  # of two steps in an epoch
     assert same(dict(student.state_dict()), dict(checkpoint(tmp_path)["model"]))
-    log.close()
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 1]
-    assert not list(tmp_path.glob("earlier-*"))
-    torch.save({"weights": 1}, tmp_path / "last.pt")
-    with refused("last.pt", "checkpoint of a run"):
-        begin(tmp_path, resume=True)
+    assert len(rows_of(tmp_path)) == 1
 
 
-def test_a_model_is_loaded_if_it_is_of_a_class_that_is_expected(tmp_path, finished):
-    path = tmp_path / "last.pt"
-    assert isinstance(run.load_model(path, "cpu", act.Teacher, act.Student), act.Student)
-    with refused("last.pt", "a Teacher", "a Student"):
-        run.load_model(path, "cpu", act.Teacher)
-
-
-# -- several processes ----------------------------------------------------------------------------
 def compare_gradients():
     """In one of two processes: those of `parallel` are the mean of both shares' gradients."""
     config = run.RunConfig(size="tiny", device="cpu", precision="fp32")

@@ -49,13 +49,13 @@ def test_samples_are_points_with_their_parts_and_the_category(parts, monkeypatch
 def test_iou_is_averaged_over_objects_and_over_categories(parts, monkeypatch):
     truth = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
     predicted = np.array([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    means = [100 * (2 / 3 + 1 / 2) / 2, 100 * (3 / 4 + 0) / 2, 100]  # an absent part counts 100
+    means = [100 * (2 / 3 + 1 / 2) / 2, 100 * 3 / 8, 100]  # an absent part counts 100
     first = np.array(parts.test_ranges)[:, :1]
     answers = [("", None, first[i] + truth[i], first[i] + predicted[i]) for i in range(3)]
     monkeypatch.setattr(parts, "predictions", lambda model: answers)
     values = parts.evaluate(None)
-    assert values["instance_miou"] == pytest.approx(np.mean(means))
-    assert values["class_miou"] == pytest.approx((np.mean(means[:2]) + means[2]) / 2)
+    expected = [np.mean(means), (np.mean(means[:2]) + means[2]) / 2]
+    assert [values["instance_miou"], values["class_miou"]] == pytest.approx(expected)
 
 
 def test_a_training_block_is_what_a_slow_search_around_some_point_finds():
@@ -70,8 +70,8 @@ def test_a_training_block_is_what_a_slow_search_around_some_point_finds():
     assert min(distances) < 1e-5
 
 
-def test_a_block_depends_on_seed_step_and_room_alone_and_large_rooms_have_more(scenes):
-    assert [name.split("#")[0] for name in scenes.names] == ["large"] * 10 + ["small"]
+def test_a_block_depends_on_step_and_room_and_large_rooms_have_more(scenes):
+    assert [name[:5] for name in scenes.names] == ["large"] * 10 + ["small"]
     indices = torch.tensor([3, 1])
     xyz, _, _ = scenes.sample(indices, 7, None)
     assert torch.equal(xyz, scenes.sample(indices.flip(0), 7, seeded())[0].flip(0))
@@ -81,18 +81,17 @@ def test_a_block_depends_on_seed_step_and_room_alone_and_large_rooms_have_more(s
 
 
 def test_rare_classes_weigh_more_by_the_cube_root_of_their_frequency():
-    room = clouds.Room("", 1, np.zeros((9, 3), np.float32), np.uint8([0] * 8 + [1]))
+    room = clouds.Room("", 1, np.zeros((9, 3)), np.uint8([0] * 8 + [1]))
     assert segment.class_weights([room], 3).tolist() == pytest.approx([1, 2, 2])
 
 
-def test_parts_of_categories_are_learnt_from_a_student(student_run, parts, tmp_path, monkeypatch):
+def test_parts_are_learnt_from_a_student(student_run, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = datasets.Dataset("parts", parts.train, parts.test)
     monkeypatch.setattr(datasets, "open_parts", lambda path, cache: data)
     run_command(segment, *FLAGS, "--checkpoint", student_run / "last.pt")
     assert {"class_miou", "best_instance_miou"} <= rows_of("run")[-1].keys()
     assert act.load("run/last.pt").config.part_ranges == parts.sizes.part_ranges
-    assert Path("run/parts.png").is_file() and Path("run/labels.csv").is_file()
 
 
 @pytest.mark.parametrize("task", ["parts", "scene"])

@@ -1,6 +1,5 @@
 """Stage II: targets, masks, weights of --init, and the command as users run it."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -11,19 +10,12 @@ import common
 import train_student
 import train_teacher
 from common import STUDENT, checkpoint, randn, refused, rows_of, run_command, same
-from util import datasets, pictures, run
+from util import datasets, run
 
 
 @pytest.fixture
 def flags(shapes, teacher_run):
-    """Of a tiny run on the little folder with its teacher."""
     return STUDENT + ["--data", shapes, "--teacher", teacher_run / "last.pt"]
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Saves half of a tiny run's time."""
-    monkeypatch.setattr(pictures, "write_gallery", lambda path, rows: None)
 
 
 def train(flags, words, out):
@@ -41,7 +33,7 @@ def test_losses_are_those_of_the_masked_patches_and_leave_the_teacher_alone(shap
     prediction = randn(4, 2, 24).requires_grad_()
 
     def loss_of(target, dim, kind=None):
-        loss = train_student.TARGETS[target]
+        loss = train_student.TARGETS[target].loss
         return loss(prediction[..., :dim], neighborhood, center, masked, teacher, kind).item()
 
     features = teacher.model.features(neighborhood, center)[:, [1, 5]]  # with prompts anew
@@ -50,12 +42,9 @@ def test_losses_are_those_of_the_masked_patches_and_leave_the_teacher_alone(shap
     codes = teacher.model.tokenize(neighborhood, center)[:, [1, 5]]
     expected = -prediction[..., :16].log_softmax(dim=-1).gather(2, codes[..., None]).mean().item()
     assert loss_of("codes", 16) == pytest.approx(expected, rel=1e-5)
-    expected = 0
-    for b in range(4):
-        for m, group in enumerate((1, 5)):
-            points = prediction[b, m].view(1, 8, 3)
-            expected += act.chamfer_distance(points, neighborhood[b, group][None], norm=2).item()
-    assert loss_of("coordinates", 24) == pytest.approx(expected / 8, rel=1e-5)
+    patches = neighborhood[:, [1, 5]].flatten(0, 1)
+    expected = act.chamfer_distance(prediction.view(8, 8, 3), patches, norm=2).item()
+    assert loss_of("coordinates", 24) == pytest.approx(expected, rel=1e-5)
     assert not teacher.model.training and same(before, dict(teacher.model.state_dict()))
     assert not any(p.requires_grad for p in teacher.model.parameters())
 
@@ -72,32 +61,30 @@ def test_processes_take_shares_of_the_patches_and_masks_of_one(mask):
 
 
 # -- the command ----------------------------------------------------------------------------------
-RUNS = [  # words, loss, (num_group, group_size, target_dim)
-    ("--target teacher --mask block --loss smooth_l1", "smooth_l1", (8, 8, 16)),
-    ("--target codes", None, (8, 8, 16)),
-    ("--target coordinates --teacher absent --set num_group=6 group_size=5", None, (6, 5, 15)),
-]
+RUNS = {  # words -> (num_group, group_size, target_dim)
+    "--target teacher --mask block --loss smooth_l1": (8, 8, 16),
+    "--target codes": (8, 8, 16),
+    "--target coordinates --teacher absent --set num_group=6 group_size=5": (6, 5, 15),
+}
 
 
-@pytest.mark.parametrize("words, loss, sizes", RUNS)
-def test_a_run_with_every_target(tmp_path, flags, words, loss, sizes):
+@pytest.mark.parametrize("words", RUNS)
+def test_a_run_with_every_target(tmp_path, flags, words):
     train(flags, f"{words} --epochs 1", tmp_path)
     row, closing = rows_of(tmp_path)
-    assert 0 <= closing["svm_untrained"] <= 100 and 0 <= closing["svm_trained"] <= 100
-    assert math.isfinite(row["loss_epoch"]) and len(row["cosine_per_depth"]) == 2
+    assert {"svm_untrained", "svm_trained"} <= closing.keys()
+    assert len(row["cosine_per_depth"]) == 2
     files = {path.name for path in tmp_path.iterdir()}
     assert {"features.png", "features.ply", "loss.svg"} <= files
     assert ("reconstruction.png" in files) == ("codes" not in words)
     c = act.load(tmp_path / "last.pt").config
-    assert (c.num_group, c.group_size, c.target_dim) == sizes
+    assert (c.num_group, c.group_size, c.target_dim) == RUNS[words]
     assert (c.points, c.normalized) == (64, True)
-    assert checkpoint(tmp_path)["settings"]["loss"] == loss
 
 
 MISTAKES = {  # words -> what the message names
     "--teacher absent.pt": "train_teacher.py",
     "--mask-ratio 1": "--mask-ratio",
-    "--mask-ratio 0.01": "--mask-ratio",
     "--set num_group=4": "num_group",
     "--target coordinates --loss l2": "--loss",
 }
@@ -110,61 +97,44 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(tmp_path, flags):
         assert not (tmp_path / "out").exists()
 
 
-def test_init_takes_sizes_and_all_weights_that_fit(
-    tmp_path, flags, student_run, no_pictures, capsys
-):
+def test_init_takes_sizes_and_all_weights_that_fit(tmp_path, flags, student_run):
     init = common.SHORT + flags[len(STUDENT) :] + ["--init", student_run / "last.pt"]
     train(init, "--epochs 1 --lr 0 --weight-decay 0 --target coordinates", tmp_path / "b")
-    assert "newly initialised: head.weight, head.bias" in capsys.readouterr().out
-    first = checkpoint(student_run)
-    second = checkpoint(tmp_path / "b")
+    first, second = [checkpoint(folder) for folder in (student_run, tmp_path / "b")]
     assert first["config"] | dict(target_dim=24) == second["config"]
     for name, value in first["model"].items():
         if not name.startswith("head.") and "running" not in name and "num_batches" not in name:
             assert torch.allclose(value, second["model"][name], atol=1e-4), name  # lr is from 1e-6
-    with refused(student_run / "last.pt", "encoder"):
-        train(init, "--set width=64", tmp_path / "d")
 
 
-def test_one_cloud_is_enough_for_both_stages(tmp_path, shapes, no_pictures, capsys):
-    data = min(shapes.glob("*/*/*.npy"))
-    run_command(
-        train_teacher, *common.TEACHER, "--data", data, "--epochs", 1, "--out", tmp_path / "t"
-    )
-    flags = STUDENT + ["--data", data, "--teacher", tmp_path / "t/last.pt"]
-    train(flags, "--epochs 2", tmp_path / "s")
-    assert checkpoint(tmp_path / "s")["step"] == 2
+def test_one_cloud_is_enough_for_both_stages(tmp_path, shapes):
+    data = ["--data", min(shapes.glob("*/*/*.npy")), "--epochs", 1]
+    run_command(train_teacher, *common.TEACHER, *data, "--out", tmp_path / "t")
+    train(STUDENT + data, f"--teacher {tmp_path}/t/last.pt", tmp_path / "s")
+    assert checkpoint(tmp_path / "s")["step"] == 1
     assert "svm_trained" not in rows_of(tmp_path / "s")[-1]
-    assert "two classes" in capsys.readouterr().out
 
 
-def test_all_clouds_of_shapenet_are_pretrained_on(
-    tmp_path, shapes, flags, no_pictures, monkeypatch, capsys
-):
+def test_all_clouds_of_shapenet_are_pretrained_on(tmp_path, shapes, flags, monkeypatch):
     dataset = datasets.open_dataset(shapes)
     dataset = replace(dataset, everything=dataset.test)
     monkeypatch.setattr(datasets, "open_dataset", lambda *words: dataset)
     train(flags, "--epochs 1", tmp_path)
     assert checkpoint(tmp_path)["step"] == 1  # 4 clouds in batches of 4
-    assert "all 4 clouds" in capsys.readouterr().out
 
 
-def test_a_run_cut_in_mid_epoch_resumes_to_the_same_bits_and_may_be_longer(
-    tmp_path, flags, no_pictures, capsys, monkeypatch
-):
+def test_a_run_cut_in_mid_epoch_resumes_to_the_same_bits_and_may_be_longer(tmp_path, flags):
     train(flags, "--steps 5", tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run.Log, "add", common.interrupt(3))
         train(flags, "--steps 5", tmp_path / "cut")
     train(flags, "--steps 5 --resume", tmp_path / "cut")
-    expected = checkpoint(tmp_path / "whole")
-    resumed = checkpoint(tmp_path / "cut")
+    expected, resumed = [checkpoint(tmp_path / name) for name in ("whole", "cut")]
     for part in ("model", "optimizer", "epoch", "step", "random"):
         assert same(expected[part], resumed[part]), part
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
     train(flags, "--steps 6 --resume", tmp_path / "cut")  # from the middle of an epoch
-    assert "longer run" in capsys.readouterr().out
     assert [row["step"] for row in rows_of(tmp_path / "cut")] == [2, 4, 5, 6, 6]
     for words, named in (("--lr 0.5", "lr"), ("--set depth=1", "set"), ("--steps 1", "steps")):
-        with refused("last.pt", f"{named} was"):
+        with refused("last.pt", named):
             train(flags, f"--steps 6 --resume {words}", tmp_path / "cut")

@@ -1,7 +1,6 @@
 """Tests of util/weights.py: public weights by name, and from files of every layout."""
 
 import hashlib
-import json
 import os
 import zipfile
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import act
-from common import assert_close, randn, refused, same
+from common import Hostile, assert_close, randn, refused, same
 from util import official, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
@@ -38,15 +37,13 @@ VIT = """encoder.layer. layernorm_before layernorm_after attention.output.dense 
     layernorm. embeddings.cls_token embeddings.position_embeddings
     embeddings.patch_embeddings.projection -"""
 NEWER_VIT = """layers. layernorm_before layernorm_after attention.o_proj mlp.fc1 mlp.fc2 -
-    attention.q_proj. attention.k_proj. attention.v_proj. """
-NEWER_VIT += VIT[VIT.index("layernorm. ") :]  # as in the older
+    attention.q_proj. attention.k_proj. attention.v_proj. """ + VIT[VIT.index("layernorm. ") :]
 BERT = """encoder.layer. attention.output.LayerNorm output.LayerNorm attention.output.dense
     intermediate.dense output.dense - attention.self.query. attention.self.key.
     attention.self.value. - - - - -"""
 
 
 def vit_state(positions=1, layer_scale=False, **tokens):
-    """Random weights under timm's names; positions: those of tokens in front of the patches."""
     config = act.BackboneConfig(W, 2, HEADS, 4 * W, layer_scale=layer_scale)
     shapes = {name: value.shape for name, value in act.Backbone(config).state_dict().items()}
     shapes |= {"patch_embed.proj.weight": (W, 3, 4, 4), "patch_embed.proj.bias": (W,)}
@@ -73,8 +70,7 @@ def renamed(state, names, prefix=""):
 
 
 def more(names):
-    """Tensors that a file holds and nobody needs here."""
-    return {name: torch.ones(2, W) for name in names.split()}
+    return {name: torch.ones(2, W) for name in names.split()}  # nobody needs them here
 
 
 def clip_file():
@@ -86,7 +82,6 @@ def clip_file():
 
 
 def jax_file(heads=HEADS, prefix=""):
-    """AugReg's .npz: matrices (in, out), heads apart, convolutions (H, W, in, out)."""
     state = {f"{prefix}head/bias": np.ones(2)}
     for key, value in renamed(PLAIN, JAX, prefix).items():
         array = value.numpy()
@@ -116,27 +111,22 @@ def bert_file(prefix="", positions=512):
 PLAIN = vit_state()
 DISTILLED = vit_state(positions=2, dist_token=1)
 REGISTERS = vit_state(reg_token=4)
-ALONE = vit_state(positions=0, reg_token=4)
 SCALED = vit_state(layer_scale=True)
 BLOCKS = {key: value for key, value in PLAIN.items() if key.startswith("blocks.")}
 PRE_NORM = PLAIN | {"norm_pre.weight": SCALED["norm.bias"], "norm_pre.bias": torch.ones(W)}
 del PRE_NORM["patch_embed.proj.bias"]
 META = {key.replace("reg_token", "register_tokens"): value for key, value in REGISTERS.items()}
-OLDER_TORCHVISION = TORCHVISION.replace("mlp.0 mlp.3", "mlp.linear_1 mlp.linear_2")
 DINO = renamed(SCALED, TIMM, "module.backbone.") | more("dino_head.0.bias ibot_head.last.bias")
-MAE = PLAIN | more("mask_token decoder_pos_embed decoder_blocks.0.attn.qkv.weight")
-CLIP_KIND = {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}
 BERT_KIND = {"eps": 1e-12, "norm_first": False}
 LAYOUTS = {  # (what a file holds, the same weights under timm's names, config that is not timm's)
     "DeiT": (DISTILLED | more("head.bias head_dist.weight pre_logits.fc.bias"), DISTILLED, {}),
     "Meta's registers": ({"state_dict": META, "epoch": 3}, REGISTERS, {}),
     "DINO": ({"student": {}, "teacher": DINO}, SCALED, {}),
-    "MAE": ({"model": MAE}, PLAIN, {}),
+    "MAE": ({"model": PLAIN | more("mask_token decoder_blocks.0.norm1.bias")}, PLAIN, {}),
     "torchvision": (renamed(PLAIN, TORCHVISION) | more("heads.head.bias"), PLAIN, {}),
-    "older torchvision": (renamed(PLAIN, OLDER_TORCHVISION), PLAIN, {}),
     "Hugging Face": (renamed(PLAIN, VIT) | more("pooler.dense.bias"), PLAIN, {"eps": 1e-12}),
     "newer Hugging Face": (renamed(PLAIN, NEWER_VIT, "vit."), PLAIN, {"eps": 1e-12}),
-    "CLIP": (clip_file(), PRE_NORM, CLIP_KIND),
+    "CLIP": (clip_file(), PRE_NORM, {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}),
     "JAX": (jax_file(heads=4), PLAIN, {"num_heads": 4}),
     "older JAX": (jax_file(prefix="opt/target/"), PLAIN, {}),
     "BERT": (bert_file(), BLOCKS, BERT_KIND),
@@ -148,7 +138,6 @@ FILES = {"CLIP": "w.pt", "JAX": "w.npz", "older JAX": "w.npz", "BERT": "w.safete
 
 
 def write(folder, held, name="w.pth"):
-    """The file of this name, in the form that its suffix says."""
     path = folder / name
     if path.suffix == ".safetensors":
         pytest.importorskip("safetensors.torch").save_file(held, path)
@@ -170,12 +159,11 @@ def test_every_layout_loads_the_weights_that_timms_names_have(tmp_path, name):
     model = weights.load_pretrained(write(tmp_path, held, FILES.get(name, "w.pth")), num_heads)
     config = replace(act.backbone_config(state, "", HEADS), **kind)
     expected = act.build_backbone(state, config, "")
-    assert not model.training
-    assert model.config == expected.config
+    assert not model.training and model.config == expected.config
     assert same(model.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize("state", [PLAIN, DISTILLED, REGISTERS, ALONE])
+@pytest.mark.parametrize("state", [PLAIN, DISTILLED, REGISTERS, vit_state(0, reg_token=4)])
 def test_tokens_with_their_positions_go_before_the_patches(tmp_path, state):
     model = weights.load_pretrained(write(tmp_path, state), HEADS)
     images = randn(2, 3, 12, 12, seed=7)
@@ -192,21 +180,13 @@ def test_tokens_with_their_positions_go_before_the_patches(tmp_path, state):
 
 def test_heads_come_from_config_json_then_the_argument_then_the_width(tmp_path):
     path = write(tmp_path, PLAIN)
-    arrays = write(tmp_path, jax_file(), "w.npz")
     assert weights.load_pretrained(path).config.num_heads == 1
-    for file in (path, arrays):
+    for file in (path, write(tmp_path, jax_file(), "w.npz")):
         assert weights.load_pretrained(file, num_heads=8).config.num_heads == 8
-    published = {"num_attention_heads": 4, "layer_norm_eps": 1e-3, "hidden_size": W}
-    (tmp_path / "config.json").write_text(json.dumps(published))
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "layer_norm_eps": 1e-3}')
     config = weights.load_pretrained(path, num_heads=8).config
     assert (config.num_heads, config.eps) == (4, 1e-3)
-    for text in (
-        "{",
-        "[1]",
-        '{"hidden_act": "relu"}',
-        '{"hidden_size": 7}',
-        '{"layer_norm_eps": ""}',
-    ):
+    for text in ("{", "[]", '{"hidden_act": 1}', '{"hidden_size": 7}', '{"layer_norm_eps": ""}'):
         (tmp_path / "config.json").write_text(text)
         with refused(path, "config.json"):
             weights.load_pretrained(path)
@@ -236,13 +216,6 @@ def test_files_are_read_exactly_by_content_and_refused_when_cut_short(tmp_path, 
             weights.read_tensors(path)
 
 
-class Hostile(str):
-    """Makes a folder of this name as it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
-
-
 @pytest.mark.parametrize("form", ["zip", "legacy", "npz", "script"])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
     path = tmp_path / "weights.npz"
@@ -266,20 +239,11 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
 @pytest.mark.parametrize("module", ["numpy._core", "numpy.core"])
 def test_numpy_scalars_among_metrics_are_admitted_in_both_spellings(tmp_path, module):
     path = tmp_path / "w.pth"
-    metrics = {"f": np.float64(93.2), "b": np.bool_(True), "a": np.arange(3.0)}
-    torch.save({"a": ONES, "metrics": metrics}, path, _use_new_zipfile_serialization=False)
-    installed = np.float64.__reduce__(np.float64(0))[0].__module__.encode()  # of this numpy
-    parts = path.read_bytes().split(b"c" + installed + b"\n")
-    path.write_bytes(f"c{module}.multiarray\n".encode().join(parts))
-    assert len(parts) > 1
+    held = {"a": ONES, "metrics": [np.float64(93.2), np.bool_(True), np.arange(3.0)]}
+    torch.save(held, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core.")
+    path.write_bytes(data.replace(b"cnumpy.core.", f"c{module}.".encode()))
     assert same(weights.read_tensors(path)["a"], ONES)
-
-
-def test_every_name_has_an_address_of_its_own_and_some_state_a_hash():
-    names = weights.pretrained_names()
-    assert len(set(names.values())) == len(names) == 16
-    stated = {name for name, url in names.items() if weights.SHA256.search(url)}
-    assert stated == {name for name in names if name.startswith(("deit", "clip"))}
 
 
 @pytest.mark.parametrize("file", ["net-{}.pth", "model.safetensors", "net-00000000.pth"])
@@ -307,22 +271,20 @@ QUERY = "encoder.layer.0.attention.self.query.bias"
 JAX_QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
 
 
-@pytest.mark.parametrize(
-    "held, change, words",  # change: the tensor is replaced or, if None, left out
-    [
-        ({"model": {"epoch": 3}}, {}, ["tensors"]),
-        ({}, {"a": ONES}, ["layout", "a"]),
-        (PLAIN, {"fc_norm.weight": ONES}, ["nexpected key", "fc_norm.weight"]),
-        (bert_file(), {QUERY: None}, ["nexpected key", "blocks.0.attn.k.bias"]),
-        (bert_file(), {QUERY: torch.ones(2, 2)}, ["blocks.0.attn.k.bias", 2]),
-        (jax_file(), {JAX_QUERY: torch.ones(2)}, ["blocks.0.attn.q.kernel", 3]),
-    ],
-)
+UNFIT = [  # what a file holds, a change (None leaves the tensor out), words of the message
+    ({"model": {"epoch": 3}}, {}, ["tensors"]),
+    (PLAIN, {"fc_norm.weight": ONES}, ["nexpected key", "fc_norm.weight"]),
+    (bert_file(), {QUERY: None}, ["nexpected key", "blocks.0.attn.k.bias"]),
+    (bert_file(), {QUERY: torch.ones(2, 2)}, ["blocks.0.attn.k.bias", 2]),
+    (jax_file(), {JAX_QUERY: torch.ones(2)}, ["blocks.0.attn.q.kernel", 3]),
+]
+
+
+@pytest.mark.parametrize("held, change, words", UNFIT)
 def test_tensors_that_do_not_fit_are_named(tmp_path, held, change, words):
     held = {key: value for key, value in (held | change).items() if value is not None}
     path = write(tmp_path, held, "w.npz" if JAX_QUERY in change else "w.pth")
     with refused(path, *words):
         weights.load_pretrained(path, HEADS)
-    path.unlink()
-    with refused(path, "minilm_l6"):
-        weights.load_pretrained(path)
+    with refused("absent", "minilm_l6"):
+        weights.load_pretrained("absent")

@@ -1,4 +1,4 @@
-"""Clouds of points in memory: many of them in one tensor, samples, normalising, augmentation.
+"""Clouds of points in memory, many in one tensor: samples, normalising, augmentation.
 
     xyz, _ = clouds.sample(torch.arange(32), num_points=1024)    # (32, 1024, 3)
 
@@ -19,9 +19,7 @@ import act
 MAX_POINTS = 16384  # A larger cloud keeps a random part of this size.
 
 
-class Room(NamedTuple):
-    """A room whose points have labels. Coordinates are in metres, and z points up."""
-
+class Room(NamedTuple):  # Coordinates are in metres, and z points up.
     name: str
     area: int  # the part of the building, by which rooms are split into training and test
     xyz: np.ndarray  # (n, 3) float32
@@ -29,9 +27,7 @@ class Room(NamedTuple):
     boxes: list = ()  # (class, lowest corner, highest corner) of each object
 
 
-class Scene(NamedTuple):
-    """A scan whose objects have boxes. Coordinates are in metres, and z points up."""
-
+class Scene(NamedTuple):  # Coordinates are in metres, and z points up.
     name: str
     xyz: np.ndarray  # (n, 3) float32
     boxes: np.ndarray  # (m, 6) float32, center and size
@@ -67,8 +63,7 @@ class Clouds:
         return replace(self, **moved, largest=int(self.offsets.diff().max()))
 
     def select(self, indices: Tensor | list[int] | range) -> "Clouds":
-        """The clouds `indices`, in that order. Clouds that follow one another stay a view, so that
-        a mapped file is not read."""
+        """The clouds `indices`, in that order; a view if they follow one another."""
         indices = torch.as_tensor(indices).reshape(-1)
         start = self.offsets[indices].tolist()
         end = self.offsets[indices + 1].tolist()
@@ -162,8 +157,7 @@ def subsample(clouds: Clouds, num_points: int, device: torch.device | str) -> Cl
 
 # -- Normalising and thinning ---------------------------------------------------------------------
 def normalize(points: np.ndarray) -> np.ndarray:
-    """(n, 3) -> (n, 3) float32, centroid at 0, farthest point at radius 1, computed in float64;
-    UserError if there is no point or all points are equal."""
+    """(n, 3) -> float32, centroid 0, radius 1; UserError if all are equal."""
     points = np.asarray(points, np.float64)
     if len(points) == 0 or (points == points[0]).all():
         raise act.UserError(f"expected different points, got {len(points)} equal")
@@ -206,8 +200,7 @@ def scale_translate(
     shift: float = 0.2,
     per_axis: bool = True,
 ) -> Tensor:
-    """Each cloud of xyz (B, N, 3) scaled by U(*scale), for each axis or once for all three, then
-    moved by U(-shift, shift) an axis."""
+    """Clouds (B, N, 3), each scaled by U(*scale), moved by U(-shift, shift)."""
     options = {"generator": generator, "device": xyz.device, "dtype": xyz.dtype}
     num_factors = 3 if per_axis else 1
     factor = scale[0] + (scale[1] - scale[0]) * torch.rand(len(xyz), 1, num_factors, **options)

@@ -3,9 +3,8 @@
     dataset = datasets.open_dataset("my_clouds")           # or the root of ModelNet40, S3DIS, ...
     xyz, _ = dataset.train.sample(torch.arange(32), 1024)  # (32, 1024, 3)
 
-A further published data set needs a function that returns a Dataset, and a row of LAYOUTS. Nothing
-in a file is executed, and what is wrong with the data is a UserError that names the file. In
-shapes T is the points of all clouds together.
+A further data set needs a function that returns a Dataset, and a row of LAYOUTS. Nothing in a file
+is executed; wrong data is a UserError that names the file. T: the points of all clouds together.
 """
 
 import contextlib
@@ -33,23 +32,16 @@ SCAN_FILES = {  # variant of ScanObjectNN -> its training clouds
     "OBJ_ONLY": "main_split_nobg/training_objectdataset.h5",
     "PB_T50_RS": "main_split/training_objectdataset_augmentedrot_scale75.h5",
 }
-SCAN_CLASSES = (
-    "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet"
-).split()
-S3DIS_CLASSES = (
-    "ceiling floor wall beam column window door table chair sofa bookcase board clutter"
-).split()
-SHAPENET_CATEGORIES = (
-    "Airplane Bag Cap Car Chair Earphone Guitar Knife Lamp Laptop Motorbike Mug Pistol Rocket "
-    "Skateboard Table"
-).split()
-# Category -> (first, last + 1) of its parts.
-SHAPENET_ENDS = (0, 4, 6, 8, 12, 16, 19, 22, 24, 28, 30, 36, 38, 41, 44, 47, 50)
+SCAN_CLASSES = "bag bin box cabinet chair desk display door shelf table bed".split()
+SCAN_CLASSES += "pillow sink sofa toilet".split()
+S3DIS_CLASSES = "ceiling floor wall beam column window door table chair sofa".split()
+S3DIS_CLASSES += "bookcase board clutter".split()
+SHAPENET_CATEGORIES = "Airplane Bag Cap Car Chair Earphone Guitar Knife Lamp Laptop".split()
+SHAPENET_CATEGORIES += "Motorbike Mug Pistol Rocket Skateboard Table".split()
+SHAPENET_ENDS = (0, 4, 6, 8, 12, 16, 19, 22, 24, 28, 30, 36, 38, 41, 44, 47, 50)  # of their parts
 SHAPENET_PARTS = dict(zip(SHAPENET_CATEGORIES, itertools.pairwise(SHAPENET_ENDS), strict=True))
-SCANNET_CLASSES = (
-    "cabinet bed chair sofa table door window bookshelf picture counter desk curtain refrigerator "
-    "showercurtrain toilet sink bathtub garbagebin"
-).split()
+SCANNET_CLASSES = "cabinet bed chair sofa table door window bookshelf picture counter".split()
+SCANNET_CLASSES += "desk curtain refrigerator showercurtrain toilet sink bathtub garbagebin".split()
 SCANNET_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 SCANNET = dict(zip(SCANNET_CLASSES, SCANNET_IDS, strict=True))  # class -> its nyu40 id
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -57,43 +49,38 @@ ROOMS = ((7, 400), (8, 48))  # synthetic scenes to train and to test on: area (i
 
 
 @dataclass
-class Dataset:
-    """Clouds to train and to test on."""
-
+class Dataset:  # clouds to train and to test on
     name: str
     train: Clouds
     test: Clouds
     everything: Clouds | None = None  # both, if the published pretraining takes both
     notes: list[str] = field(default_factory=list)  # what whoever reads the results must know
+    unit = "clouds"
 
 
 @dataclass
-class RoomSet:
-    """Rooms, or Scenes, to train and to test on."""
-
+class RoomSet:  # rooms, or Scenes, to train and to test on
     name: str
     train: list
     test: list
     classes: list[str]
     notes: list[str] = field(default_factory=list)
+    unit = "rooms"
 
 
 def describe(dataset: Dataset | RoomSet) -> str:
     """One line: name, sizes of the splits, number and names of the classes, notes."""
     has_rooms = isinstance(dataset, RoomSet)
     classes = dataset.classes if has_rooms else dataset.train.classes or dataset.train.part_names
-    text = f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test {unit}"
-    text += f", {len(classes)} classes"
+    text = f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test "
+    text += f"{dataset.unit}, {len(classes)} classes"
     if 0 < len(classes) <= 40:
         text += f": {', '.join(classes)}"
     return "; ".join([text] + dataset.notes)
 
 
-# -- Folders: the files, their splits and classes -------------------------------------------------
 @dataclass
-class Entry:
-    """A file of a data set."""
-
+class Entry:  # a file of a data set
     name: str  # its path below the root, with slashes
     split: str | None = None  # "train" or "test"; at first also "val", or None if no folder says it
     label: str | None = None  # name of its class
@@ -116,8 +103,7 @@ def find_clouds(paths: list, suffixes: tuple = tuple(files.READERS)) -> list[Pat
 
 
 def list_clouds(folder: Path, labelled: bool = False) -> tuple[list[Entry], list[str]]:
-    """The clouds below a folder, each with split "train" or "test", and notes; or the `labelled`
-    ones, in the forms that may hold a label for each point, without classes."""
+    """The clouds below a folder with their splits, and notes; `labelled`: files.LABELLED alone."""
     suffixes = files.LABELLED if labelled else tuple(files.READERS)
     found = find_clouds([folder], suffixes)
     if found == [folder]:
@@ -141,8 +127,7 @@ def list_clouds(folder: Path, labelled: bool = False) -> tuple[list[Entry], list
 
 
 def choose_splits(folder, entries):
-    """Folders say the splits, else a fifth of each class (of all clouds without classes, or with
-    one cloud in each), by a hash of the names, at least one and never all. Returns notes."""
+    """Folders say the splits, else a hash of the names, a fifth of each class. Returns notes."""
     splits = {entry.split for entry in entries}
     if splits != {None}:
         becomes = "train" if "test" in splits else "test"
@@ -169,8 +154,7 @@ def choose_splits(folder, entries):
 
 
 def read_cached(root, entries, cache, columns):
-    """The rows (T, columns) float32 of all files, and offsets (files + 1,), mapped from two .npy
-    files, whose names hold hashes of the folder and of the state of its files."""
+    """The rows (T, columns) float32 of all files, and offsets (files + 1,), mapped from a cache."""
     folder = Path(cache or root)
     if not cache and not os.access(root, os.W_OK):
         folder = Path(tempfile.gettempdir(), f"clouds-cache-{Path(os.path.expanduser('~')).name}")
@@ -192,8 +176,7 @@ def read_cached(root, entries, cache, columns):
 def map_cache(stem):
     """The two tensors of a cache, or None if it is absent or damaged."""
     with contextlib.suppress(OSError, act.UserError), files.parsing():
-        # Mode "c" is private to this process and writable: torch warns of arrays that are not.
-        rows = np.load(f"{stem}.points.npy", mmap_mode="c")
+        rows = np.load(f"{stem}.points.npy", mmap_mode="c")  # private, and writable for torch
         offsets = np.load(f"{stem}.offsets.npy")
         if rows.ndim == 2 and offsets[-1] == len(rows):
             return torch.from_numpy(rows), torch.from_numpy(offsets)
@@ -210,11 +193,10 @@ def write_cache(stem, root, entries, columns):
         for entry in entries:
             try:
                 rows = read_rows(root / entry.name, entry.parts)
+                file.write(rows.astype("<f4").tobytes())
+                offsets.append(offsets[-1] + len(rows))
             except act.UserError as error:
                 broken.append(str(error))
-                continue
-            file.write(rows.astype("<f4").tobytes())
-            offsets.append(offsets[-1] + len(rows))
         if broken:
             raise act.UserError("; ".join(broken))
         # The number of rows is known only now. numpy leaves room in the header for any number.
@@ -239,13 +221,12 @@ def read_rows(path, parts):
 
 
 def read_files(name, root, entries, cache, classes=None, notes=(), pretrain_on_all=False):
-    """The Dataset of all entries, sorted by name, a single one for both splits; `classes` are the
-    names in the order of the data set, if it states one."""
+    """The Dataset of all entries, sorted by name, a single one for both splits."""
     num_train = sum(entry.split == "train" for entry in entries)
     if len(entries) != 1 and num_train in (0, len(entries)):
         raise act.UserError(f"{root}: expected training and test clouds, got one kind alone")
     entries.sort(key=lambda entry: (entry.split == "test", entry.name))
-    columns = 4 if entries[0].parts else 3
+    columns = 3 + bool(entries[0].parts)
     rows, offsets = read_cached(root, entries, cache, columns)
     whole = Clouds(rows[:, :3], offsets, [entry.name for entry in entries])
     if columns > 3:
@@ -285,8 +266,7 @@ def pack_arrays(path, arrays, labels=None, classes=None):
             fits = len(numbers) == len(packed) and numbers.dtype.kind in "fiub"
             count = len(classes or range(1000))
             if not fits or not np.isin(numbers, np.arange(count)).all():
-                expected = f"{len(packed)} labels below {count}"
-                raise act.UserError(f"expected {expected}, got {len(numbers)}: {numbers[:9]}")
+                raise act.UserError(f"expected {len(packed)} labels below {count}, got {numbers}")
             split.labels = torch.from_numpy(numbers.astype(np.int64))
     return split
 
@@ -304,9 +284,7 @@ class PickledDtype:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class PickledArray(np.ndarray):
-    """An array that takes its type from a PickledDtype."""
-
+class PickledArray(np.ndarray):  # takes its type from a PickledDtype
     def __setstate__(self, state):
         version, shape, kind, is_fortran, data = state
         super().__setstate__((version, shape, kind.dtype, is_fortran, data))
@@ -345,8 +323,7 @@ def read_pickle(path):
 
 
 def read_episode(path: Path | str, way: int) -> tuple[Clouds, Clouds]:
-    """Clouds to train and to test on of a published few-shot fold with `way` classes, a pickle of
-    {"train": [(points, label, name of the class), ...], "test": ...}."""
+    """A pickled few-shot fold {"train": [(points, label, class), ...], "test": ...} -> Clouds."""
     path = Path(path)
     fold = read_pickle(path)
     classes = [f"class {i}" for i in range(way)]
@@ -371,13 +348,11 @@ def open_shapenet(root, cache, variant, area):
     for split in ("train", "test"):
         for name in read_words(lists / f"{split}.txt"):
             entries.append(Entry(name, split, name.split("-")[0]))
-    root = root / "shapenet_pc"
-    return read_files("ShapeNet-55", root, entries, cache, pretrain_on_all=True)
+    return read_files("ShapeNet-55", root / "shapenet_pc", entries, cache, pretrain_on_all=True)
 
 
 def open_modelnet(root, cache, variant, area):
-    """ModelNet40 with 8192 points: a text for each cloud and two lists, or the .dat files of
-    Point-BERT, pickles of [list of clouds (n, 6), list of labels]."""
+    """ModelNet40: texts and two lists, or Point-BERT's pickles of [clouds (n, 6), labels]."""
     stated = root / "modelnet40_shape_names.txt"
     classes = read_words(stated) if stated.is_file() else None
     if (root / "modelnet40_train_8192pts_fps.dat").is_file():
@@ -398,8 +373,7 @@ def open_modelnet(root, cache, variant, area):
 
 
 def open_h5(path, cache, variant, area):
-    """A training .h5, the only one below `path` or ScanObjectNN's `variant`, and the test .h5
-    beside it. The clouds of ScanObjectNN are used as stored, not normalised: as published."""
+    """The training .h5, or ScanObjectNN's `variant`, used as stored, and the test .h5 beside it."""
     found = [path]
     if path.is_dir():
         found = [file for file in files.list_files(path) if file.match("*train*.h5")]
@@ -410,8 +384,7 @@ def open_h5(path, cache, variant, area):
             wanted = Path(wanted).name  # the folder has another name
         found = [file for file in found if file.absolute().match(wanted)]
     if len(found) != 1 or "train" not in found[0].name:
-        expected = f"one train .h5, or {SCAN_FILES[variant]} of ScanObjectNN"
-        raise act.UserError(f"{path}: expected {expected}, got {len(found)}")
+        raise act.UserError(f"{path}: expected one train .h5 (of {variant}), got {len(found)}")
     test_name = found[0].name.replace("training", "test").replace("train", "test")
     splits = []
     for file in (found[0], found[0].with_name(test_name)):
@@ -444,7 +417,7 @@ def open_shapenet_part(root, cache, variant, area):
             entries.append(Entry(f"{name}.txt", split, label, SHAPENET_PARTS[label]))
     dataset = read_files("ShapeNetPart", root, entries, cache, classes)
     for split in (dataset.train, dataset.test):
-        split.part_ranges = [SHAPENET_PARTS[name] for name in classes]
+        split.part_ranges = list(map(SHAPENET_PARTS.get, classes))
     return dataset
 
 
@@ -478,15 +451,10 @@ def open_clouds(path, cache, variant, area):
     return dataset
 
 
-LAYOUTS = [  # a name in the root of a published data set, and what opens it: the first that fits
-    ("shapenet_pc", open_shapenet),
-    ("modelnet40_*", open_modelnet),
-    ("h5_files", open_h5),
-    ("main_split*", open_h5),
-    ("*.h5", open_h5),
-    ("Area_[0-9]*", open_blocks),
-    ("synsetoffset2category.txt", open_shapenet_part),
-]
+# A name in the root of a published data set, and what opens it: the first that fits.
+LAYOUTS = {"shapenet_pc": open_shapenet, "modelnet40_*": open_modelnet, "h5_files": open_h5}
+LAYOUTS |= {"main_split*": open_h5, "*.h5": open_h5, "Area_[0-9]*": open_blocks}
+LAYOUTS |= {"synsetoffset2category.txt": open_shapenet_part}
 
 
 def open_dataset(
@@ -494,21 +462,18 @@ def open_dataset(
 ) -> Dataset:
     """'synthetic', the root of a published data set, a train .h5, a folder of clouds or one cloud.
 
-    Sub-folders are classes; train, test and val (training, testing, valid, validation), above or
-    below them, are splits, without which a fixed fifth of each class is the test set. Clouds are
-    read once, into a cache in `cache`, else in the folder, else in the system's temporary folder.
-    variant: of ScanObjectNN, a key of SCAN_FILES; area: the test area of S3DIS."""
+    Sub-folders are classes; train, test and val, above or below them, are splits, else a fixed
+    fifth of each class is the test set. Clouds are read once, into `cache`, else the folder, else
+    the temporary folder. variant: a key of SCAN_FILES; area: the test area of S3DIS."""
     if data == "synthetic":
-        train = synthetic.synthetic_clouds(50, seed=0)
         test = synthetic.synthetic_clouds(20, seed=1)
-        return Dataset("synthetic shapes", train, test)
+        return Dataset("synthetic shapes", synthetic.synthetic_clouds(50, seed=0), test)
     path = Path(data)
     if not path.exists():
         raise act.UserError(f"{path}: expected 'synthetic', a file or a folder, got no such path")
     with files.reading(path):
         names = os.listdir(path) if path.is_dir() else [path.suffix]
-        openers = [opener for marker, opener in LAYOUTS if fnmatch.filter(names, marker)]
-        openers.append(open_clouds)
+        openers = [LAYOUTS[key] for key in LAYOUTS if fnmatch.filter(names, key)] + [open_clouds]
         dataset = openers[0](path, cache, variant, area)
     if dataset.train.labels is not None and not dataset.train.classes:
         count = 1 + int(max(dataset.train.labels.max(), dataset.test.labels.max()))
@@ -522,8 +487,7 @@ def open_dataset(
 
 
 def open_parts(data: str | Path, cache: str | Path | None = None) -> Dataset:
-    """'synthetic', a ShapeNetPart root, or own .npy, .txt, .xyz or .pts files, x y z first and a
-    label last in each row, with the splits of open_dataset. classes.txt names their parts."""
+    """'synthetic', a ShapeNetPart root, or own rows x y z ... label, named in classes.txt."""
     if data == "synthetic":
         train = synthetic.compositions(synthetic.synthetic_clouds(50, seed=0))
         test = synthetic.compositions(synthetic.synthetic_clouds(20, seed=1))
@@ -546,15 +510,14 @@ def label_names(root, last):
     path = root / "classes.txt"
     if not path.is_file():
         return [f"label {i}" for i in range(last + 1)]
-    names = [line.strip() for line in files.text_lines(path)]
+    names = list(map(str.strip, files.text_lines(path)))
     if len(names) <= last:
         raise act.UserError(f"{path}: expected {last + 1} names, got {len(names)}")
     return names
 
 
 def open_rooms(data: str | Path, area: int = 5, density: float = 1200.0) -> RoomSet:
-    """'synthetic' rooms (`density` points per m²), an S3DIS root, whose area `area` is the test
-    set, or a folder of own rooms, in metres and z up: files as in open_parts."""
+    """'synthetic' rooms (`density` points per m²), S3DIS (test: `area`) or own, metres and z up."""
     root = Path(data)
     name = root.absolute().name
     notes = [f"area {area} is the test set"]
@@ -563,8 +526,7 @@ def open_rooms(data: str | Path, area: int = 5, density: float = 1200.0) -> Room
         if data == "synthetic":
             name = "synthetic rooms"
             classes = synthetic.ROOM_CLASSES
-            numbers = list(itertools.product(range(1, 7), range(1, 4)))  # areas, and rooms of each
-            rooms = synthetic.synthetic_rooms(numbers, density)
+            rooms = synthetic.synthetic_rooms(itertools.product(range(1, 7), range(1, 4)), density)
         elif any(root.glob("Area_[0-9]*")):  # files of PointNet's collect_indoor3d_data.py
             name = "S3DIS"
             classes = S3DIS_CLASSES
@@ -581,8 +543,7 @@ def open_rooms(data: str | Path, area: int = 5, density: float = 1200.0) -> Room
         train = [room for room in rooms if room.area != area or len(rooms) == 1]
         test = [room for room in rooms if room.area == area or len(rooms) == 1]
         if not train or not test:
-            got = f"{len(test)} and {len(train)}"
-            raise act.UserError(f"expected rooms Area_{area}_office_1.npy and others, got {got}")
+            raise act.UserError(f"expected rooms of Area_{area} and others, got {len(rooms)} rooms")
     return RoomSet(name, train, test, classes, notes)
 
 
@@ -593,11 +554,9 @@ def read_room(path, area, num_classes):
 
 
 def open_scans(data: str | Path, points: int) -> RoomSet:
-    """Scenes with boxes: 'synthetic' ones of at least `points` points, or ScanNetV2 as VoteNet
-    prepares it: <scan>_vert.npy and _bbox.npy, and lists in it, beside it or in ../meta_data."""
+    """Scenes with boxes: 'synthetic' of `points` or more points, or VoteNet's form of ScanNetV2."""
     if data == "synthetic":
-        train = synthetic_scenes(ROOMS[0], points)
-        test = synthetic_scenes(ROOMS[1], points)
+        train, test = [synthetic_scenes(rooms, points) for rooms in ROOMS]
         return RoomSet("synthetic rooms", train, test, synthetic.ROOM_CLASSES[3:])
     root = Path(data)
     with files.reading(root):
@@ -608,9 +567,8 @@ def open_scans(data: str | Path, points: int) -> RoomSet:
 
 def synthetic_scenes(rooms, points):
     """The furnished rooms (area, number of them) as Scenes, whatever --seed is."""
-    area, count = rooms
     scenes = []
-    for room in synthetic.synthetic_rooms([(area, i) for i in range(count)], points / 35):
+    for room in synthetic.synthetic_rooms([(rooms[0], i) for i in range(rooms[1])], points / 35):
         labels, low, high = map(np.stack, zip(*room.boxes, strict=True))  # (m,), (m, 3), (m, 3)
         boxes = np.hstack([(low + high) / 2, high - low]).astype(np.float32)
         scenes.append(Scene(room.name, room.xyz, boxes, labels - 3))  # after floor, ceiling, wall
@@ -636,8 +594,9 @@ def read_scans(root, list_name):
             fits = boxes.dtype.kind in "fiu" and boxes.shape[1:] == (7,)
             fits = fits and np.isfinite(boxes).all() and (boxes[:, 3:6] >= 0).all()
             if not fits or not np.isin(boxes[:, 6], SCANNET_IDS).all():
-                expected = f"finite centers, sizes from 0 and classes {SCANNET_IDS}"
-                raise act.UserError(f"expected {expected}, got {boxes.dtype} {boxes.shape}")
+                raise act.UserError(
+                    f"expected rows of center, size from 0, nyu40 id, got {boxes[:1]}"
+                )
         labels = np.searchsorted(SCANNET_IDS, boxes[:, 6])  # The ids are sorted.
         xyz = files.read_points(root / f"{name}_vert.npy").astype(np.float32)
         scans.append(Scene(name, xyz, boxes[:, :6].astype(np.float32), labels))

@@ -130,9 +130,7 @@ class Detector(nn.Module):
         pos = fourier_positions(center, low, extent, self.frequencies)
         key = memory + pos
         query_pos = self.query_mlp(pos[:, :Q])
-        x = torch.zeros_like(query_pos)
-        if self.config.own_tokens:
-            x = memory[:, :Q]
+        x = memory[:, :Q] if self.config.own_tokens else torch.zeros_like(query_pos)
         normed = []
         for layer in self.decoder:
             x = layer(x, query_pos, key, memory)
@@ -140,8 +138,7 @@ class Detector(nn.Module):
         layers = torch.stack(normed)  # (L, B, Q, D)
         class_head, center_head, size_head = self.heads
         logits = apply_to_rows(class_head, layers).float()
-        offset = apply_to_rows(center_head, layers).float()
-        center = center[:, :Q] + offset.sigmoid() - 0.5  # metres
+        center = center[:, :Q] + apply_to_rows(center_head, layers).float().sigmoid() - 0.5
         size = apply_to_rows(size_head, layers).float().sigmoid() * extent[:, None]
         return logits, center, size, extent
 
@@ -208,8 +205,7 @@ def count_points(boxes: Tensor, xyz: Tensor) -> Tensor:
 
 def best_of_rivals(boxes: Tensor, label: Tensor) -> Tensor:
     """Non-maximum suppression in each class: the mask (n,) of boxes (n, 6), the best first."""
-    same_class = label[:, None] == label
-    rivals = (same_class & (box_iou(boxes, boxes) > MAX_OVERLAP)).cpu()  # (n, n)
+    rivals = ((label[:, None] == label) & (box_iou(boxes, boxes) > MAX_OVERLAP)).cpu()  # (n, n)
     kept = torch.ones(len(boxes), dtype=torch.bool)
     for i in range(len(boxes)):
         if kept[i]:
@@ -222,9 +218,7 @@ def outline(xyz: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> tuple:
     of boxes (K, 6) as dots of the boxes' colours (K, 3)."""
     along = np.linspace(-0.5, 0.5, EDGE_DOTS)
     edges_x = np.stack(np.meshgrid(along, [-0.5, 0.5], [-0.5, 0.5]), axis=-1).reshape(-1, 3)
-    edges_y = np.roll(edges_x, 1, axis=1)
-    edges_z = np.roll(edges_x, 2, axis=1)
-    edges = np.concatenate([edges_x, edges_y, edges_z])  # of a cube of side 1 around the origin
+    edges = np.concatenate([np.roll(edges_x, i, axis=1) for i in range(3)])  # of a unit cube
     dots = boxes[:, None, :3] + edges * boxes[:, None, 3:]  # (K, number of dots, 3)
     painted = [np.full(xyz.shape, 0.7), np.repeat(colors, len(edges), axis=0)]
     return np.concatenate([xyz, dots.reshape(-1, 3)]), np.concatenate(painted)

@@ -3,19 +3,17 @@
     xyz = files.read_cloud("scan.ply")      # (1024, 3) float32 in the unit sphere
     xyz = files.read_points("chair.obj")    # (8192, 3) float64, sampled on the surface
 
-Nothing in a file is executed. Whatever is wrong with a file is a UserError of one line that begins
-with its name. A .ply needs plyfile, the others numpy alone.
+Nothing in a file is executed. What is wrong is a UserError of one line that begins with its name.
 """
 
 import importlib
 import io
 import os
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, Iterator
 
 import numpy as np
 
@@ -28,7 +26,6 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+|nan|inf)(?:e[-+]?\d+)?(?![^\s,;])"
 AnyPath = str | os.PathLike
 
 
-# -- What reading and writing share ---------------------------------------------------------------
 def require(name: str, package: str | None = None) -> ModuleType:
     """The optional module `name`; UserError with the command that installs it if it is missing."""
     try:
@@ -39,8 +36,7 @@ def require(name: str, package: str | None = None) -> ModuleType:
 
 @contextmanager
 def reading(path: AnyPath) -> Iterator[None]:
-    """Names `path` in the errors of its block: an OSError, or a UserError that does not begin with
-    the path, becomes a UserError of one line that does. Other errors are bugs and pass."""
+    """An OSError or UserError of the block becomes a UserError of one line that names path."""
     try:
         yield
     except (OSError, act.UserError) as error:
@@ -60,9 +56,8 @@ def parsing() -> Iterator[None]:
     except OSError:
         raise  # The file cannot be opened, which `reading` tells.
     except Exception as error:
-        raise act.UserError(
-            f"expected readable data, got {type(error).__name__} {error}"
-        ) from error
+        got = f"{type(error).__name__} {error}"
+        raise act.UserError(f"expected readable data, got {got}") from error
 
 
 @contextmanager
@@ -80,7 +75,7 @@ def complete_file(path: AnyPath) -> Iterator[BinaryIO]:
 
 
 def list_files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """All files below a folder, sorted, but hidden ones. No link is followed back to one `above`."""
+    """All files below a folder, sorted, but hidden ones. No link is followed back `above`."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -91,7 +86,6 @@ def list_files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield path
 
 
-# -- Arrays and texts -----------------------------------------------------------------------------
 def read_numpy(path: Path) -> np.ndarray:
     """The array of a .npy, mapped, or of a .npz: its only one, or points, xyz, data or pos."""
     with parsing():
@@ -125,7 +119,7 @@ def holds_points(path: AnyPath) -> bool:
 
 
 def read_text(path: Path, columns: tuple[int, ...] | None = (0, 1, 2)) -> np.ndarray:
-    """Columns (None: all) of numbers between blanks , or ; below names, the number of rows or both."""
+    """Columns (None: all) of numbers between blanks , or ; below names or the number of rows."""
     rows = text_lines(path)
     for _ in range(2):
         if not rows or re.match(rf"(?i)\s*{NUMBER}[\s,;]+{NUMBER}", rows[0]):
@@ -140,7 +134,6 @@ def read_text(path: Path, columns: tuple[int, ...] | None = (0, 1, 2)) -> np.nda
         return np.loadtxt(rows, delimiter=delimiter, usecols=columns, ndmin=2)
 
 
-# -- Meshes ---------------------------------------------------------------------------------------
 def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
     """The corners of triangles, (t, 3, 3), that cover the faces, which may be any polygons."""
     by_size = {}
@@ -157,9 +150,8 @@ def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
         fans = np.stack([first, polygons[:, 1:-1], polygons[:, 2:]], axis=2)  # (m, size - 2, 3, 3)
         normals = np.cross(fans[:, :, 1] - first, fans[:, :, 2] - first)  # (m, size - 2, 3)
         total = normals.sum(axis=1)  # (m, 3), normal to the polygon
-        # A fan covers its polygon if no triangle of it is turned over.
         upright = np.einsum("mtk,mk->mt", normals, total) > -1e-9 * (total**2).sum(axis=1)[:, None]
-        is_covered = (upright | (normals == 0).all(axis=2)).all(axis=1)  # (m,)
+        is_covered = (upright | (normals == 0).all(axis=2)).all(axis=1)  # (m,), none turned over
         triangles.append(fans[is_covered].reshape(-1, 3, 3))
         for i in np.flatnonzero(~is_covered):
             triangles.append(cut_polygon(polygons[i], np.abs(normals[i]).sum(axis=0).argmax()))
@@ -167,8 +159,8 @@ def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
 
 
 def cut_polygon(polygon: np.ndarray, axis: int) -> np.ndarray:
-    """The triangles (t, 3, 3) of a flat polygon (n, 3), convex or not, seen along `axis`: all corners'
-    heights cut it into slabs, where each edge that enters it and the next bound a trapezoid."""
+    """The triangles (t, 3, 3) of a flat polygon (n, 3), convex or not, seen along `axis`. Corners
+    cut it into slabs, where each edge that enters it and the next one bound a trapezoid."""
     across, up = np.delete([0, 1, 2], axis)
     ends = np.roll(polygon, -1, axis=0)
     heights = np.unique(polygon[:, up])
@@ -188,24 +180,20 @@ def cut_polygon(polygon: np.ndarray, axis: int) -> np.ndarray:
     return np.concatenate(triangles)
 
 
-def sample_triangles(triangles: np.ndarray, num_points: int, seed: int = 0) -> np.ndarray:
-    """(num_points, 3) float64, uniform over the area of triangles (t, 3, 3), fixed by the seed."""
-    a, b, c = np.moveaxis(triangles, 1, 0)  # (t, 3) each
-    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
-    if not 0 < area.sum() < np.inf:
-        raise act.UserError(f"expected faces with an area, got {area.sum()}")
-    rng = np.random.default_rng(seed)
-    chosen = rng.choice(len(area), num_points, p=area / area.sum())
-    u, v = np.sort(rng.random((2, num_points, 1)), axis=0)
-    return a[chosen] + u * (b - a)[chosen] + (1 - v) * (c - a)[chosen]
-
-
 def sample_mesh(vertices: np.ndarray, faces: list) -> np.ndarray:
     """MESH_POINTS (n, 3) of the surface, always the same ones; without faces, the vertices."""
     vertices = check_points(vertices)
     if len(faces) == 0:
         return vertices
-    return sample_triangles(triangulate(vertices, faces), MESH_POINTS)
+    triangles = triangulate(vertices, faces)
+    a, b, c = np.moveaxis(triangles, 1, 0)  # (t, 3) each
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    if not 0 < area.sum() < np.inf:
+        raise act.UserError(f"expected faces with an area, got {area.sum()}")
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(len(area), MESH_POINTS, p=area / area.sum())
+    u, v = np.sort(rng.random((2, MESH_POINTS, 1)), axis=0)
+    return a[chosen] + u * (b - a)[chosen] + (1 - v) * (c - a)[chosen]
 
 
 def read_ply(path: Path) -> np.ndarray:
@@ -239,20 +227,16 @@ def read_ply(path: Path) -> np.ndarray:
     raise act.UserError("expected faces with a list vertex_indices, got none")
 
 
-# The two short texts are read by hand: trimesh 5 reads polygons that are not convex, vertices that
-# count back from -1 and files that lack lines wrong without a word, and it refuses the keyword off.
+# By hand: trimesh 5 reads concave polygons, vertices from -1 and cut files wrong without a word.
 def read_off(path: Path) -> np.ndarray:
-    """An .off, also COFF, NOFF or STOFF."""
     text = "\n".join(text_lines(path))
-    keyword = re.match(r"\s*((ST)?C?N?OFF|(st)?c?n?off)?\s*", text)[0]
-    lines = text[len(keyword) :].split("\n")  # The counts may follow the keyword at once.
+    lines = re.sub(r"^\s*((ST)?C?N?OFF|(st)?c?n?off)?\s*", "", text).split("\n")
     words = lines.pop(0).split()[:3]
     if len(words) < 2 or not all(word.isdecimal() for word in words):
         raise act.UserError(f"expected OFF and whole numbers, got {str(words)[:80]}")
-    num_vertices, num_faces, num_edges = [int(word) for word in words + ["0"]][:3]
+    num_vertices, num_faces, num_edges = map(int, (words + ["0"])[:3])
     if len(lines) - num_vertices - num_faces not in (0, num_edges):  # Some have a line an edge.
-        expected = f"{num_vertices} vertices and {num_faces} faces"
-        raise act.UserError(f"expected {expected}, got {len(lines)} lines")
+        raise act.UserError(f"expected {num_vertices} + {num_faces} lines, got {len(lines)}")
     with parsing():
         vertices = np.array([line.split()[:3] for line in lines[:num_vertices]], np.float64)
     faces = []
@@ -283,7 +267,6 @@ def read_obj(path: Path) -> np.ndarray:
     return sample_mesh(vertices, faces)
 
 
-# -- Points of any file ---------------------------------------------------------------------------
 READERS = {".npy": read_numpy, ".npz": read_numpy, ".txt": read_text, ".xyz": read_text}
 READERS |= {".pts": read_text, ".ply": read_ply, ".off": read_off, ".obj": read_obj}
 
@@ -304,19 +287,17 @@ def check_points(array: np.ndarray) -> np.ndarray:
 
 def read_points(path: AnyPath) -> np.ndarray:
     """The points of a file, (n, 3) float64 as stored; of a mesh MESH_POINTS of its surface."""
-    path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = Path(path).suffix.lower()
     with reading(path):
         if suffix not in READERS:
             raise act.UserError(f"expected {' '.join(READERS)}, got {suffix or 'no suffix'}")
-        points = check_points(READERS[suffix](path))
+        points = check_points(READERS[suffix](Path(path)))
         clouds.normalize(points)  # raises if all are equal
     return points
 
 
 def read_cloud(path: AnyPath, points: int | None = 1024, normalized: bool = True) -> np.ndarray:
-    """A file as a model takes it: (n, 3) float32, normalised unless told not to. Of more than
-    MAX_POINTS a random part is kept, as in a folder's cache, of these the `points` farthest."""
+    """A file as a model takes it: (n, 3) float32, the `points` farthest of limit_points' part."""
     prepare = clouds.normalize if normalized else np.float32
     with reading(path):
         xyz = prepare(clouds.limit_points(read_points(path)))
@@ -326,8 +307,7 @@ def read_cloud(path: AnyPath, points: int | None = 1024, normalized: bool = True
 
 
 def read_labelled(path: AnyPath, first: int = 0, last: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Rows x y z ... label of a .npy or a text -> xyz (n, 3) float64, labels (n,) uint8, which
-    must be whole numbers from first to last - 1."""
+    """Rows x y z ... label of a .npy or text -> xyz (n, 3) float64, labels first to last - 1."""
     path = Path(path)
     with reading(path):
         is_numpy = path.suffix.lower() == ".npy"

@@ -36,8 +36,8 @@ def iou(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def print_table(matrix: torch.Tensor, names: list) -> None:
-    """From counts (C, C): prints number, accuracy and IoU of each class ("-" if it does not occur)
-    and the five classes that it is most often taken for."""
+    """Prints each class's number, accuracy and IoU ("-" if it does not occur) by counts (C, C), and
+    the five classes that it is most often taken for."""
     width = max(len(name) for name in names) + 2
     count = matrix.sum(dim=1)
     recalls = 100 * matrix.diag() / count
@@ -80,7 +80,8 @@ def _volumes(a, b):
     inner = sides.clamp_min(0).prod(dim=-1)
     hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(dim=-1)
     both = (a_high - a_low).prod(dim=-1) + (b_high - b_low).prod(dim=-1)
-    return inner, (both - inner).clamp_min(1e-9), hull.clamp_min(1e-9)
+    union = (both - inner).clamp_min(1e-9)
+    return inner, union, hull.clamp_min(1e-9)
 
 
 def average_precision(detections: list, truths: list, num_classes: int, threshold: float) -> tuple:
@@ -106,8 +107,7 @@ def average_precision(detections: list, truths: list, num_classes: int, threshol
 
 
 def _match(detections, truths, c, threshold):
-    """For class c, the scores of all rooms' detections, the number of the true box that each takes,
-    -1 if none, and how many true boxes there are."""
+    """Of class c: the detections' scores, the true boxes they take (-1: none), number of boxes."""
     scores = []
     taken = []
     count = 0
@@ -134,14 +134,10 @@ def linear_svm(x: torch.Tensor, labels: torch.Tensor, C: float) -> torch.Tensor:
         w.grad = w - 2 * C * x.T @ (y * slack)
         return w.square().sum() / 2 + C * slack.square().sum()
 
-    optimizer = torch.optim.LBFGS(
-        [w],
-        max_iter=1000,
-        tolerance_grad=1e-6 * len(x),
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
+    options = dict(max_iter=1000, history_size=20, line_search_fn="strong_wolfe")
+    options["tolerance_grad"] = 1e-6 * len(x)
+    options["tolerance_change"] = 1e-12
+    optimizer = torch.optim.LBFGS([w], **options)
     optimizer.step(objective)
     return w
 
@@ -153,8 +149,7 @@ def svm_accuracy(
     right, and the SVM's C.
 
     C is the value of 0.001, 0.01, 0.1 and 1 that is best on every fifth train feature, in order of
-    class, after training on the others. Features are standardised by the train features. The
-    intercept is penalised like any weight."""
+    class, after training on the others. Features are standardised by the train features."""
     mean = train.double().mean(dim=0)
     std = train.double().std(dim=0) + 1e-6
     order = train_labels.argsort(stable=True)

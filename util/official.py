@@ -16,7 +16,6 @@ from util.weights import Layout, below, tensor
 
 # -- Official name -> our name --------------------------------------------------------------------
 # As in util/weights.py: a row names a tensor, or a module with all that is below it.
-
 STUDENT = {
     "ACT_encoder": "encoder",
     "ACT_encoder.encoder": "encoder.patch_embed",
@@ -68,8 +67,6 @@ TRUNKS = (
 # -- Reading --------------------------------------------------------------------------------------
 # One function a kind: official tensors -> (state dict under our names, config read off it). What no
 # tensor shows is left to the defaults, the paper's.
-
-
 def load(path, device="cpu", **sizes) -> nn.Module:
     """The Teacher, Student, Classifier or Segmenter of an official checkpoint, in eval mode.
 
@@ -116,12 +113,8 @@ def count_blocks(state: dict, prefix: str) -> int:
 def encoder_config(state: dict, path) -> dict:
     width = len(tensor(state, "encoder.norm.weight", 1, path))
     patch_embed = tensor(state, "encoder.patch_embed.second_conv.3.weight", 2, path)
-    return {
-        "width": width,
-        "depth": count_blocks(state, "encoder.blocks."),
-        "num_heads": max(1, width // 64),
-        "encoder_dims": len(patch_embed),
-    }
+    config = dict(width=width, num_heads=max(1, width // 64), encoder_dims=len(patch_embed))
+    return config | dict(depth=count_blocks(state, "encoder.blocks."))
 
 
 def read_student(state: dict, path) -> tuple[dict, dict]:
@@ -170,17 +163,12 @@ def read_teacher(state: dict, path) -> tuple[dict, dict]:
         num_prompt = tensor(state, "visual_prompt_token", 3, path).shape[1]
     if "deep_prompt_tokens" in state:
         prompt = "deep"
-    config = {
-        "group_size": len(tensor(state, "decoder.mlp.4.weight", 2, path)) * 4 // 3,  # (S / 4, 3)
-        "encoder_dims": len(tensor(state, "encoder.second_conv.3.weight", 2, path)),
-        "tokens_dims": tokens_dims,
-        "decoder_dims": len(tensor(state, "dgcnn_2.layer5.0.weight", 2, path)),
-        "num_tokens": num_codes,
-        "prompt": prompt,
-        "num_prompt": num_prompt,
-        "backbone": backbone,
-        "weights": Path(path).name,
-    }
+    config = dict(tokens_dims=tokens_dims, num_tokens=num_codes, prompt=prompt)
+    config.update(num_prompt=num_prompt, backbone=backbone, weights=Path(path).name)
+    last = tensor(state, "decoder.mlp.4.weight", 2, path)
+    config["group_size"] = len(last) * 4 // 3  # its rows are (S / 4, 3)
+    config["encoder_dims"] = len(tensor(state, "encoder.second_conv.3.weight", 2, path))
+    config["decoder_dims"] = len(tensor(state, "dgcnn_2.layer5.0.weight", 2, path))
     return state | {f"backbone.{key}": value for key, value in trunk.items()}, config
 
 
@@ -205,8 +193,6 @@ def find_kind(state: dict, path):
 
 
 # -- Writing --------------------------------------------------------------------------------------
-
-
 def export(student: act.Student, path) -> None:
     """Writes our Student under the official names and in the form of the official files, for the
     official fine-tuning scripts. Our config stands beside: load() gives the same student back."""

@@ -57,7 +57,6 @@ def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = 320) -
     colors = np.clip(np.asarray(colors)[finite], 0, 1)
     right, up, near = np.array(CAMERA) @ xyz[finite].T  # (N,) each
     order = np.argsort(near)  # the far ones first
-
     S = 2 * size  # The picture is painted at twice its size and averaged, so that edges are smooth.
     centers = np.clip(S / 2 + 0.46 * S * np.stack([-up, right]), -S, 2 * S)  # (2, N)
     radius = np.clip(0.52 * S / math.sqrt(len(near) + 1), 1.5, 0.02 * S)  # smaller if many
@@ -66,7 +65,6 @@ def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = 320) -
     fade = (0.45 + 0.55 * np.clip(0.5 + near / 2, 0, 1))[:, None]
     paint = (colors * fade + 1 - fade)[order, None].repeat(rows.shape[1], 1)  # (N, D, 3)
     inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)
-
     canvas = np.ones((S, S, 3))
     canvas[rows[inside], columns[inside]] = paint[inside]
     image = canvas.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
@@ -99,10 +97,8 @@ def pca_colors(features: list[np.ndarray]) -> list[np.ndarray]:
 
 # -- Galleries ------------------------------------------------------------------------------------
 def write_gallery(path: str | Path, rows: list, columns: int | None = None) -> None:
-    """Clouds side by side, as a picture `path`.png and as one coloured cloud `path`.ply.
-
-    rows: equally long lists of (xyz (N, 3), colors (N, 3) in 0..1 or None); columns: clouds to a
-    line of the picture, if several rows shall share a line."""
+    """Clouds side by side, as a picture `path`.png and one cloud `path`.ply, `columns` to a line.
+    rows: equally long lists of (xyz (N, 3), colors (N, 3) in 0..1 or None)."""
     if columns is None:
         columns = len(rows[0])
     clouds = []
@@ -139,9 +135,7 @@ def write_spread(path: Path, clouds: list, columns: int) -> None:
 
 # -- Charts ---------------------------------------------------------------------------------------
 def write_chart(path: str | Path, rows: list[dict]) -> None:
-    """The rows of metrics.jsonl -> .svg: the loss and, on the right, a test metric over steps.
-
-    Rows of steps have "loss". Rows of epochs have "loss_epoch", drawn if there are no others."""
+    """The rows of metrics.jsonl -> .svg: the loss and, on the right, a test metric over steps."""
     epochs = [row for row in rows if "loss_epoch" in row]
     loss_by_step = curve(rows, "loss")
     loss_by_epoch = curve(rows, "loss_epoch")
@@ -178,7 +172,6 @@ def chart_line(name: str, points: list, last: int, x: int, anchor: str, color: s
     svg = []
     for i, label in enumerate(ticks + [name]):
         svg.append(chart_text(x, max(16, 354 - 80 * i), anchor, color, label))
-
     span = np.ptp(values)
     if span == 0:
         span = 1

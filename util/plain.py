@@ -8,7 +8,7 @@ Each is what one writes first: all distances at once, concatenation before a pro
 convolutions with channels first, prompts as tokens of the sequence. Memory is not bounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -19,9 +19,8 @@ from torch import Tensor
 
 import act
 
+
 # -- geometry -------------------------------------------------------------------------------------
-
-
 def square_distance(a: Tensor, b: Tensor) -> Tensor:
     """All squared distances at once: (B, N, 3), (B, M, 3) -> (B, N, M)."""
     return (a[:, :, None] - b[:, None]).square().sum(-1)
@@ -70,8 +69,6 @@ def chamfer_distance(a: Tensor, b: Tensor, norm: int = 1) -> Tensor:
 
 
 # -- modules of act, given as the first argument --------------------------------------------------
-
-
 def channels_first(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Layers in a row on (B, C, N) or (B, C, N, K), each Linear as a convolution of size 1."""
     for layer in layers:
@@ -155,20 +152,13 @@ def features(teacher: act.Teacher, neighborhood: Tensor, center: Tensor, prompts
 
 
 # -- act in its plain form ------------------------------------------------------------------------
-
-FUNCTIONS: dict[str, Callable] = {
-    "farthest_point_sample": farthest_point_sample,
-    "knn": knn,
-    "gather_points": gather_points,
-    "chamfer_distance": chamfer_distance,
-}
-
-
 @contextmanager
 def plain_form() -> Iterator[None]:
     """Within it act's functions and modules are the ones above; nothing else changes."""
     with (
-        mock.patch.multiple(act, **FUNCTIONS),
+        mock.patch.object(act, "farthest_point_sample", farthest_point_sample),
+        mock.patch.multiple(act, knn=knn, gather_points=gather_points),
+        mock.patch.object(act, "chamfer_distance", chamfer_distance),
         mock.patch.object(act.PatchEmbed, "forward", patch_embed),
         mock.patch.object(act.DGCNN, "forward", dgcnn),
         mock.patch.object(act.FoldingDecoder, "forward", folding),

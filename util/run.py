@@ -26,9 +26,7 @@ SIZES = ("auto", "tiny", "small", "base")
 
 # -- flags ----------------------------------------------------------------------------------------
 def flag(default, help: str, paper=None, kind=None, choices=None):
-    """A field of a dataclass that is also a flag. default: False makes a switch, () a list.
-
-    paper: the published value. kind: the type, if it is not the default's, or "positional"."""
+    """A dataclass field that is a flag: False makes a switch, () a list. paper: published value."""
     if default:
         help += f" (default: {default})"
     if paper:
@@ -80,13 +78,10 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = FlagParser(description=description, allow_abbrev=False, formatter_class=layout)
     for f in fields(config_class):
-        name = f.name
-        if not f.metadata["positional"]:
-            name = "--" + name.replace("_", "-")
+        name = f.name if f.metadata["positional"] else "--" + f.name.replace("_", "-")
         parser.add_argument(name, **f.metadata["options"])
-    words = []
+    words = []  # --batch_size=2 is --batch-size=2
     for word in sys.argv[1:] if argv is None else argv:
-        # --batch_size=2 is --batch-size=2
         words.append(re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word))
     config = config_class(**vars(parser.parse_args(words)))
     for name, value in vars(config).items():
@@ -133,8 +128,7 @@ def run_command(main, config_class, description: str) -> None:
 # -- device, processes, seeds ---------------------------------------------------------------------
 def setup(config, presets: dict):
     """(config with the presets of its size, device). Seeds torch and joins torchrun's processes."""
-    # Gradients of a sharp softmax are denormal numbers, on which a CPU is several times slower.
-    torch.set_flush_denormal(True)  # stage I with a trained tokenizer: 2.4 -> 8.3 clouds/s
+    torch.set_flush_denormal(True)  # gradients of a sharp softmax: stage I 2.4 -> 8.3 clouds/s
     device = pick_device(config.device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -145,11 +139,10 @@ def setup(config, presets: dict):
     if size == "auto":
         size = "base" if device.type == "cuda" else "tiny"
     settled = dict(points=1024, precision=pick_precision(device)) | presets[size] | dict(size=size)
-    changes = {}
-    for f in fields(config):
-        if f.name in settled and getattr(config, f.name) in (None, "auto"):
-            changes[f.name] = settled[f.name]
-    return replace(config, **changes), device
+    for name, value in settled.items():
+        if getattr(config, name, value) in (None, "auto"):
+            config = replace(config, **{name: value})
+    return config, device
 
 
 def pick_device(name: str) -> torch.device:
@@ -208,9 +201,7 @@ def plan(config, count: int):
     if batch_size < 1 or batch_size % WORLD:
         raise act.UserError(f"--batch-size {batch_size}: expected a multiple of {WORLD} processes")
     steps_per_epoch = count // batch_size
-    steps = config.steps
-    if steps is None:
-        steps = config.epochs * steps_per_epoch
+    steps = config.epochs * steps_per_epoch if config.steps is None else config.steps
     epochs = math.ceil(steps / steps_per_epoch)
     return replace(config, batch_size=batch_size, steps=steps, epochs=epochs)
 
@@ -232,10 +223,9 @@ def cosine(x: float, start: float, end: float) -> float:
 def set_lr(optimizer, step: int, config, end: float, warmup: int, start: float = 1e-6) -> float:
     """Linear from `start` over `warmup` steps (at most a tenth of all), then a cosine to `end`."""
     warmup = min(warmup, config.steps / 10)
+    lr = cosine((step - warmup) / max(1, config.steps - warmup), config.lr, end)
     if step < warmup:
         lr = start + (config.lr - start) * step / warmup
-    else:
-        lr = cosine((step - warmup) / max(1, config.steps - warmup), config.lr, end)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1)  # a group may have a rate of its own
     return lr
@@ -248,15 +238,12 @@ def adamw(model, lr: float, weight_decay: float, slow: tuple[str, ...] = ()) -> 
         for decay in (weight_decay, 0.0):
             groups.append(dict(params=[], weight_decay=decay, scale=scale))
     for name, p in model.named_parameters():
-        index = 0
-        if p.ndim <= 1 or "token" in name:
-            index += 1
+        index = int(p.ndim <= 1 or "token" in name)
         if name.startswith(slow):  # at a tenth of the rate
             index += 2
         if p.requires_grad:
             groups[index]["params"].append(p)
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
 def gradient_norm(model) -> torch.Tensor:
@@ -287,10 +274,8 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 def load_model(path, device, *kinds):
     """The model, of a class in `kinds`, in our own or an official checkpoint, in eval mode."""
     obj = weights.read_tensors(path)
-    if isinstance(obj, dict) and "kind" in obj:
-        model = act.load(path, device)
-    else:
-        model = official.load(path, device)
+    ours = isinstance(obj, dict) and "kind" in obj
+    model = act.load(path, device) if ours else official.load(path, device)
     if not isinstance(model, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise act.UserError(f"{path}: expected a {expected}, got a {type(model).__name__}")
@@ -303,18 +288,22 @@ FREE_SETTINGS = "out resume log_every cache data device compile epochs vote".spl
 
 
 def begin(config, model, optimizer, names: list[str]):
-    """Opens --out for a run on the clouds `names`: (its Log, the checkpoint it resumes or None)."""
+    """Opens --out, moves an earlier run aside: (the Log, the checkpoint it resumes or None)."""
     folder = open_folder(config.out)
     log = Log(folder, config, describe_run(config, model, names))
     state = None
     if config.resume and (folder / "last.pt").is_file():
         state = load_state(log, model, optimizer, len(names) // config.batch_size)
     elif RANK == 0 and (folder / "config.json").exists():
-        move_aside(folder)
+        aside = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+        aside.mkdir()
+        for file in list(folder.iterdir()):
+            if file.suffix in RUN_FILES:
+                file.rename(aside / file.name)
+        print(f"the earlier run in {folder} is now in {aside}")
     if RANK == 0:
         (folder / "config.json").write_text(json.dumps(log.about, indent=1))
-        lines = [json.dumps(row) + "\n" for row in log.rows]
-        (folder / "metrics.jsonl").write_text("".join(lines))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log.rows))
     return log, state
 
 
@@ -335,24 +324,12 @@ def open_folder(out: str) -> Path:
     return folder
 
 
-def move_aside(folder: Path) -> None:
-    """Moves the files of an earlier run into a folder earlier-<time> beside what else is there."""
-    aside = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
-    aside.mkdir()
-    for file in list(folder.iterdir()):
-        if file.suffix in RUN_FILES:
-            file.rename(aside / file.name)
-    print(f"the earlier run in {folder} is now in {aside}")
-
-
 def describe_run(config, model, names: list[str]) -> dict:
     """What config.json and the checkpoint say of a run: its model, settings, clouds, versions."""
     settings = asdict(config) | dict(clouds=hashlib.sha256(repr(names).encode()).hexdigest())
-    about = dict(kind=type(model).__name__, config=asdict(model.config))
-    about.update(command=sys.argv, settings=settings, processes=WORLD)
-    about["device"] = str(next(model.parameters()).device)
-    about["versions"] = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
-    return about
+    about = dict(kind=type(model).__name__, config=asdict(model.config), command=sys.argv)
+    about.update(settings=settings, processes=WORLD, device=str(next(model.parameters()).device))
+    return about | dict(versions=f"Python {sys.version.split()[0]}, torch {torch.__version__}")
 
 
 def load_state(log: "Log", model, optimizer, steps_per_epoch: int) -> dict:
@@ -404,8 +381,7 @@ class Log:
         self.began = time.monotonic()
 
     def add(self, **values) -> None:
-        """A step's values. A row has the mean of tensors over steps and processes, and the last of
-        numbers. No tensor is read on the host, for a GPU would have to wait."""
+        """A step's values, for `means`. No tensor is read here, for a GPU would have to wait."""
         self.step += 1
         for name, value in values.items():
             if torch.is_tensor(value):

@@ -12,11 +12,8 @@ import torch
 from util.clouds import Clouds, Room, normalize
 
 ROOM_CLASSES = "ceiling floor wall table chair sofa bed bookshelf lamp".split()
-FIRST_FURNITURE = 3  # index into ROOM_CLASSES
 # Ceiling, floor and four walls: (label, axis, 0 or 1 for the axis's near or far end).
 PLANES = ((0, 2, 1), (1, 2, 0), (2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1))
-FURNITURE_SCALE = 0.6  # metres for each unit of a shape
-PLACEMENT_TRIES = 20
 TOP_RADIUS = {"cylinder": 1.0, "shade": 0.5, "cone": 0.0, "pyramid": 0.0}  # 1 at the bottom
 ORIGIN = (0, 0, 0)
 
@@ -89,10 +86,7 @@ def legs(part, thickness, x, length, z):
 
 
 # -- Categories -----------------------------------------------------------------------------------
-# Each is a function that makes a list of primitives from the proportions `p`.
-class Proportions:
-    """The random numbers of a shape. Categories overlap: a box may be as flat as a door."""
-
+class Proportions:  # the random numbers `p` of which a category makes its list of primitives
     def __init__(self, rng):
         self.width, self.height, self.depth = rng.uniform(0.4, 1, 3)  # half of each
         self.thickness = rng.uniform(0.04, 0.1)  # half of it
@@ -243,14 +237,11 @@ CATEGORIES = SOLIDS | {shape.__name__: shape for shape in COMPOSED}
 
 # -- Shapes and scans -----------------------------------------------------------------------------
 def synthetic_cloud(name: str, num_points: int, rng: np.random.Generator) -> tuple:
-    """A random upright shape of a category -> points (num_points, 3) float64, parts (num_points,).
-
-    A primitive's share of the points is its area, levelled so that small parts show, times a random
-    density."""
+    """A random upright shape of a category -> points (num_points, 3) float64, their parts."""
     primitives = CATEGORIES[name](Proportions(rng))
     x, y, z = np.array([primitive.size for primitive in primitives]).T
     density = np.exp(0.4 * rng.normal(size=len(primitives)))
-    share = (x * z + y * x + z * y) ** 0.75 * density
+    share = (x * z + y * x + z * y) ** 0.75 * density  # areas, levelled so that small parts show
     counts = rng.multinomial(num_points, share / share.sum())
     points = []
     for primitive, count in zip(primitives, counts, strict=True):
@@ -270,8 +261,7 @@ def rotate(xyz, axes, angle):
 
 
 def seen_from_a_side(xyz, num_points, rng):
-    """The indices (num_points,) of points that a scan keeps: random, but more on the near side, and
-    half the time none of the farthest."""
+    """The indices (num_points,) that a scan keeps: random, more on the near side, few far away."""
     side = rng.normal(size=3)
     depth = normalize(xyz) @ (side / np.linalg.norm(side))
     keys = rng.exponential(size=len(xyz)) * np.exp(rng.uniform(0, 1.5) * depth)
@@ -281,8 +271,7 @@ def seen_from_a_side(xyz, num_points, rng):
 
 
 def synthetic_scan(name, num_points, rng):
-    """A synthetic cloud as a scan might see it, and its parts: turned about y, tilted by up to 15
-    degrees, seen from a side, with noise; normalised, float32."""
+    """A cloud turned, tilted by up to 15 degrees, seen from a side, with noise; and its parts."""
     xyz, part = synthetic_cloud(name, 2 * num_points, rng)
     xyz = rotate(xyz, [0, 2], rng.uniform(-np.pi, np.pi))
     xyz = rotate(xyz, [0, 1], rng.uniform(0, np.pi / 12))
@@ -320,8 +309,7 @@ def compositions(clouds: Clouds) -> Clouds:
     classes = (ranges.diff() > 1).nonzero()[:, 0]
     parts = torch.cat([torch.arange(first, end) for first, end in ranges[classes].tolist()])
     chosen = clouds.select(torch.isin(clouds.labels, classes).nonzero())
-    # Both lists are sorted, so the place of an old number in them is the new number.
-    chosen.labels = torch.searchsorted(classes, chosen.labels)
+    chosen.labels = torch.searchsorted(classes, chosen.labels)  # the place in a sorted list
     chosen.classes = [clouds.classes[c] for c in classes]
     chosen.parts = torch.searchsorted(parts, chosen.parts)
     chosen.part_ranges = torch.searchsorted(parts, ranges[classes]).tolist()
@@ -332,7 +320,7 @@ def compositions(clouds: Clouds) -> Clouds:
 def furniture(label, num_points, rng):
     """A piece of furniture, z up, turned about z, its lowest corner at 0 -> points (n, 3)."""
     shape, _ = synthetic_cloud(ROOM_CLASSES[label], num_points, rng)
-    x, z, y = FURNITURE_SCALE * shape.T  # shapes have y up
+    x, z, y = 0.6 * shape.T  # metres; shapes have y up
     turn = rng.uniform(0, 2 * math.pi)
     cos = math.cos(turn)
     sin = math.sin(turn)
@@ -347,7 +335,7 @@ def find_place(extent, size, boxes, rng):
         return None
     lows = np.array([low for _, low, _ in boxes]).reshape(-1, 3)
     highs = np.array([high for _, _, high in boxes]).reshape(-1, 3)
-    for _ in range(PLACEMENT_TRIES):
+    for _ in range(20):
         low = np.append(rng.uniform(0.05, free[:2] - 0.05 + 1e-9), 0)
         overlaps = (low <= highs) & (lows <= low + extent)  # (n, 3) on each axis
         if not overlaps[:, :2].all(1).any():
@@ -366,7 +354,7 @@ def synthetic_room(area, number, density):
         pieces.append((label, plane))
     boxes = []
     for _ in range(rng.integers(4, 8)):
-        label = int(rng.integers(FIRST_FURNITURE, len(ROOM_CLASSES)))
+        label = int(rng.integers(3, len(ROOM_CLASSES)))  # after the wall
         xyz = furniture(label, int(2.5 * density), rng)
         extent = xyz.max(0)
         low = find_place(extent, size, boxes, rng)
@@ -380,6 +368,5 @@ def synthetic_room(area, number, density):
 
 
 def synthetic_rooms(numbers: list[tuple[int, int]], density: float) -> list[Room]:
-    """Rooms of (area, number) pairs, each of which seeds its room: `density` points per square
-    metre, labels into ROOM_CLASSES, a box of each piece of furniture."""
+    """Rooms of (area, number) pairs, each of which seeds its room: `density` points per m²."""
     return [synthetic_room(area, number, density) for area, number in numbers]

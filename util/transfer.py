@@ -8,8 +8,8 @@ A downstream task gives a label to each cloud or to each point. To add one:
     constructs it as TASKS[name](config, data, sizes, device): the flags, the opened --data, the
     encoder's sizes (see `encoder_sizes`) and the torch device.
  3. Give that name a row in the command's table PRESETS: for each --size the values of the flags
-    that the user leaves out (points, epochs, batch_size, lr). Then `train`, the only loop, trains
-    it under every flag of `TransferConfig`.
+    that the user leaves out (points, epochs, batch_size, lr). Then `train` trains it under every
+    flag of `TransferConfig`.
 
 Shapes: B clouds of a batch, N points of each (--points), L labels.
 """
@@ -31,7 +31,7 @@ AUGMENTATIONS = ("auto", "rotate", "scale_translate", "none")
 
 @dataclass
 class TransferConfig(run.RunConfig):
-    """The flags that finetune.py and segment.py share; each declares `task` again, with choices."""
+    """The flags that finetune.py and segment.py share; each gives `task` its choices."""
 
     out: str = run.flag("", "folder of the results (default: runs/<task>)")
     task: str = run.flag("", "what is learnt")
@@ -47,14 +47,12 @@ class TransferConfig(run.RunConfig):
 
 # -- task ------------------------------------------------------------------------------------------
 class Task:
-    """A downstream task, as `train` sees it. Subclasses fill in what has no default here. Only the
-    first of several processes calls `evaluate` and `finish`."""
+    """A downstream task, as `train` sees it. Only the first of several processes calls `evaluate`
+    and `finish`."""
 
     names: list  # of the training clouds, one for each index that `sample` is given
     loss_weight = None  # of each label in the cross-entropy, a tensor (L,) on the device
-    # The key of `evaluate` whose highest value tells the best epoch. "": the model is evaluated
-    # after the last epoch only.
-    metric = ""
+    metric = ""  # of `evaluate`, highest at the best epoch; "": evaluate after the last only
 
     def build_model(self) -> nn.Module:
         """A new network with a `config` (a subclass of act.EncoderConfig), an `encoder`
@@ -85,7 +83,7 @@ class Task:
 
 # -- model -----------------------------------------------------------------------------------------
 def load_source(config: TransferConfig) -> nn.Module | None:
-    """The model of --checkpoint, ours or an official one, on the CPU; None if that is `none`."""
+    """The model of --checkpoint, ours or official, on the CPU; None if that is `none`."""
     path = config.checkpoint
     if path == "none":
         return None
@@ -96,11 +94,9 @@ def load_source(config: TransferConfig) -> nn.Module | None:
 
 def encoder_sizes(config: TransferConfig, source: nn.Module | None, size: str = "auto") -> dict:
     """The fields of act.EncoderConfig but `normalized`, for --points: those of `source`, or without
-    one those of --size. `size` is --size as given, which has to fit the checkpoint."""
+    one those of --size. `size`, --size as given, has to fit it."""
     own = act.EncoderConfig(points=1024, **run.ENCODER_SIZES[config.size])
-    c = own
-    if source is not None:
-        c = source.config
+    c = own if source is None else source.config
     if size != "auto" and (c.width, c.depth) != (own.width, own.depth):
         expected = f"width {c.width} and depth {c.depth} of {config.checkpoint}"
         raise act.UserError(f"--size {size}: expected {expected}, got {own.width} and {own.depth}")
@@ -147,18 +143,18 @@ def train(
         raise act.UserError(f"--batch-size: expected {least} or more, got {config.batch_size}")
 
     # -- model
-    torch.manual_seed(config.seed)  # the head does not depend on where the encoder comes from
+    torch.manual_seed(config.seed)  # the same head for any encoder
     model = start_model(config, task.build_model(), source, device)
 
     # -- optimizer
     optimizer = run.adamw(model, config.lr, config.weight_decay)
-    warmup = 10 * (count // config.batch_size)  # steps of ten epochs
+    warmup = 10 * (count // config.batch_size)  # ten epochs
     log, _ = run.begin(config, model, optimizer, task.names)
     net = run.parallel(model, config)
 
     # -- loop
     metrics = {}
-    own = slice(run.RANK, None, run.WORLD)  # this process's part of a batch
+    own = slice(run.RANK, None, run.WORLD)  # this process's part
     for epoch in range(log.epoch, config.epochs):
         net.train()
         for indices in run.epoch_batches(config, count, epoch, log.step):
@@ -167,10 +163,7 @@ def train(
             xyz, target, category = task.sample(indices, log.step, generator)
             xyz = task.augment(xyz, generator)
             with run.autocast(config, device):
-                if category is None:
-                    logits = net(xyz[own])
-                else:
-                    logits = net(xyz[own], category[own])
+                logits = net(xyz[own]) if category is None else net(xyz[own], category[own])
             logits = logits.float().flatten(0, -2)  # (B, L), or (B * N, L)
             loss = F.cross_entropy(logits, target[own].flatten(), task.loss_weight)
             optimizer.zero_grad()

@@ -32,7 +32,6 @@ AUGREG = (
 )
 META = "https://dl.fbaipublicfiles.com/"
 HUGGING_FACE = "https://huggingface.co/{}/resolve/main/model.safetensors"
-
 PUBLISHED = {
     "vit_tiny_patch16_224": AUGREG.format("Ti", "none", "0.03", "0.03", 224),
     "vit_small_patch16_384": AUGREG.format("S", "light1", "0.03", "0.03", 384),
@@ -56,11 +55,9 @@ SHA256 = re.compile("[-/]([0-9a-f]{8,64})[./]")  # in an address: how the file's
 NUM_HEADS = {"minilm_l6": 12}  # the only published model whose heads are not 64 wide
 CONFIG_TYPES = {"num_attention_heads": int, "hidden_size": int, "layer_norm_eps": float}
 
+
 # -- Layouts --------------------------------------------------------------------------------------
-# A row of a table names a tensor, or a module with all that is below it, and timm's name of it.
-# {} is the number of a block. The nearest row counts: that of the tensor, else of its module.
-
-
+# Name of a tensor, or of a module with all below it -> timm's; {}: a block. The nearest row counts.
 def below(old: str, new: str, names: dict) -> dict:
     """The rows for what is below a module, which is called `old` in the file and `new` in timm."""
     return {f"{old}.{key}": f"{new}.{value}" for key, value in names.items()}
@@ -69,10 +66,8 @@ def below(old: str, new: str, names: dict) -> dict:
 IN_PROJ = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias", "out_proj": "proj"}
 QKV = {"query": "q", "key": "k", "value": "v"}
 QKV_PROJ = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
-# In Hugging Face's BERT and in its older ViT:
 DENSE = {"attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"}
-DENSE |= {"output.dense": "mlp.fc2"}
-
+DENSE |= {"output.dense": "mlp.fc2"}  # in Hugging Face's BERT and in its older ViT
 TIMM_NAMES = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "blocks", "norm")
 TIMM = {name: name for name in TIMM_NAMES} | {"register_tokens": "reg_token"}
 TORCHVISION = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
@@ -82,8 +77,7 @@ TORCHVISION_BLOCK |= {"mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"}  # t
 TORCHVISION_BLOCK |= below("self_attention", "attn", IN_PROJ)
 TORCHVISION |= below("encoder.layers.encoder_layer_{}", "blocks.{}", TORCHVISION_BLOCK)
 CLIP = {"visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed"}
-CLIP |= {"visual.conv1": "patch_embed.proj"}
-CLIP |= {"visual.ln_pre": "norm_pre", "visual.ln_post": "norm"}
+CLIP |= {"visual.conv1": "patch_embed.proj", "visual.ln_pre": "norm_pre", "visual.ln_post": "norm"}
 CLIP_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 CLIP_BLOCK |= below("attn", "attn", IN_PROJ)
 CLIP |= below("visual.transformer.resblocks.{}", "blocks.{}", CLIP_BLOCK)
@@ -103,17 +97,15 @@ VIT |= below("layers.{}", "blocks.{}", NEWER_BLOCK)
 BERT_BLOCK = {"attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2"}
 BERT_BLOCK |= DENSE | below("attention.self", "attn", QKV)
 BERT = below("encoder.layer.{}", "blocks.{}", BERT_BLOCK)
-
 WRAPPINGS = ("model", "state_dict", "teacher", "base_model", "model_state_dict")
 PREFIXES = ("module.", "backbone.", "base_model.", "opt.target.")
 TIMM_DROPPED = ("head.", "head_dist.", "pre_logits.", "dino_head.", "ibot_head.")
 MAE_DROPPED = ("mask_token", "decoder_")
-CLIP_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
-CLIP_OTHERS = ("visual.proj", "text_projection", "logit_scale", "input_resolution")
-CLIP_OTHERS += ("context_length", "vocab_size")
+CLIP_DROPPED = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
+CLIP_DROPPED += ("visual.proj", "text_projection", "logit_scale", "input_resolution")
+CLIP_DROPPED += ("context_length", "vocab_size")
 VIT_DROPPED = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
 BERT_DROPPED = ("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.")
-
 CLIP_KIND = {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}
 BERT_KIND = {"eps": 1e-12, "norm_first": False}
 
@@ -125,11 +117,10 @@ class Layout(NamedTuple):
     kind: dict = {}  # fields of act.BackboneConfig that are not as in timm's ViT
 
 
-CLIP_MARK = "visual.transformer.resblocks.0.ln_1.weight"
 LAYOUTS = (
     Layout("blocks.0.norm1.weight", TIMM, TIMM_DROPPED + MAE_DROPPED),
     Layout("encoder.layers.encoder_layer_0.ln_1.weight", TORCHVISION, ("heads.",)),
-    Layout(CLIP_MARK, CLIP, CLIP_TEXT + CLIP_OTHERS, CLIP_KIND),
+    Layout("visual.transformer.resblocks.0.ln_1.weight", CLIP, CLIP_DROPPED, CLIP_KIND),
     Layout("Transformer.encoderblock_0.LayerNorm_0.scale", JAX, ("head.", "pre_logits.")),
     Layout("encoder.layer.0.layernorm_before.weight", VIT, VIT_DROPPED, {"eps": 1e-12}),
     Layout("layers.0.layernorm_before.weight", VIT, VIT_DROPPED, {"eps": 1e-12}),
@@ -142,8 +133,7 @@ def find_layout(state: dict, layouts: tuple, path) -> Layout:
     for layout in layouts:
         if layout.mark in state:
             return layout
-    first = ", ".join(list(state)[:3])
-    raise act.UserError(f"{path}: expected tensors of a known layout, got names such as {first}")
+    raise act.UserError(f"{path}: expected tensors of a known layout, got {list(state)[:3]}")
 
 
 def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
@@ -169,16 +159,13 @@ def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
 
 
 # -- What a file holds ----------------------------------------------------------------------------
-
-
 class Unread:
     """Stands for what numpy's scalars among the metrics call as they load: none of it runs."""
 
     def __init__(self, *args):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 NUMPY_NAMES = [(Unread, "numpy.dtype"), (Unread, "numpy.ndarray"), (Unread, "_codecs.encode")]
@@ -201,9 +188,7 @@ def parsing(path):
 
 
 def read_tensors(path):
-    """What a weight file holds, on the CPU: .pth, .safetensors, .npz or TorchScript, by content.
-
-    Nothing in the file runs: what is not a tensor, an array or a plain value is a UserError."""
+    """What a .pth, .safetensors, .npz or TorchScript holds, by content; UserError for code."""
     with files.reading(path), open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":  # 8 bytes with a length, then a header in JSON
@@ -263,8 +248,7 @@ def tensor(state: dict, name: str, ndim: int, path) -> torch.Tensor:
     if name not in state:
         raise act.UserError(f"{path}: missing key {name}")
     if state[name].ndim != ndim:
-        shape = tuple(state[name].shape)
-        raise act.UserError(f"{path}: {name}: expected {ndim} dimensions, got the shape {shape}")
+        raise act.UserError(f"{path}: {name}: expected {ndim} dimensions, got {state[name].ndim}")
     return state[name]
 
 
@@ -287,8 +271,7 @@ def fuse_qkv(state: dict, path) -> dict:
 
 
 def from_jax(state: dict, path) -> dict:
-    """JAX's kernels are (in, out), with the heads as an axis of their own, and (H, W, in, out) of a
-    convolution; torch's weights are (out, in) and (out, in, H, W)."""
+    """JAX's kernels are (in, out), heads apart, or (H, W, in, out); torch's (out, in, H, W)."""
     converted = {}
     for key, value in state.items():
         if key == "patch_embed.proj.kernel":
@@ -306,8 +289,6 @@ def from_jax(state: dict, path) -> dict:
 
 
 # -- Backbones, by name or from a file -------------------------------------------------------------
-
-
 def pretrained_names() -> dict[str, str]:
     """The names that load_pretrained knows, each with the address of its file."""
     return dict(PUBLISHED)
@@ -354,8 +335,7 @@ def load_pretrained(name_or_path, num_heads: int | None = None) -> act.Backbone:
 
     Layouts: timm / DeiT / MAE / DINO / DINOv2, torchvision, Hugging Face ViT, OpenAI CLIP (visual),
     JAX AugReg .npz, BERT, RoBERTa. Heads: those of config.json beside the file, else `num_heads`,
-    else those of the file (JAX), else width // 64. UserError if the file is missing, broken, of
-    another family, or has a key too many or too few."""
+    else those of the file (JAX), else width // 64. UserError for any other file."""
     name = str(name_or_path)
     path = Path(name)
     if name in PUBLISHED:
