@@ -60,7 +60,7 @@ class Config(run.RunConfig):
 
 # -- model ----------------------------------------------------------------------------------------
 def open_backbone(source, name, width):
-    """(backbone, what it holds) by --weights; auto falls back to a random one, in capitals."""
+    """The backbone of --weights and its name; a random one if auto finds no public weights."""
     if source not in ("auto", "random"):
         return weights.load_pretrained(source), source
     if source == "auto":
@@ -125,8 +125,8 @@ def information(logits):
 # -- start of the codes, with --codes information -------------------------------------------------
 @torch.no_grad()
 def start_codes(teacher, train, config, device):
-    """The codebook starts from patches of the training clouds: from noise, the decoder learns to
-    ignore the codes before they mean anything. A patch gets the code that it most resembles."""
+    """Sets codebook, the logits' layer and BatchNorm's statistics from training patches, so that a
+    patch gets the code it most resembles. From noise, the decoder learns to ignore codes."""
     c = teacher.config
     if c.tokens_dims != c.encoder_dims:
         raise act.UserError(f"--set: expected tokens_dims of {c.encoder_dims}, got {c.tokens_dims}")
@@ -140,7 +140,7 @@ def start_codes(teacher, train, config, device):
     edges = teacher.dgcnn_1.edges(patch, act.center_graph(center))  # (B, G, edges)
     patch = patch.flatten(0, 1)  # (B G, C)
     edges = edges.flatten(0, 1).float()  # (B G, edges)
-    # Codes come from the same places whatever --seed is; the patches there depend on it.
+    # The numbers of the chosen patches do not depend on --seed; the patches themselves do.
     chosen = torch.randperm(len(patch), generator=run.seeded("cpu", "codes"))[: c.num_tokens]
     teacher.codebook.copy_(start_codebook(patch, chosen))
     linear, norm = teacher.dgcnn_1.layer5
@@ -172,7 +172,7 @@ def whole(patches, center):
 
 
 def compare(cloud, xyz):
-    """As in act, with one search: CD-L1, CD-L2, F-score at 0.01 of (B, N, 3) to xyz (B, M, 3)."""
+    """CD-L1, CD-L2 and F-score at 0.01 of (B, N, 3) to xyz (B, N2, 3), as act has them, by name."""
     to_xyz = act.knn(cloud, xyz, 1)[0]  # (B, N, 1) squared distances
     to_cloud = act.knn(xyz, cloud, 1)[0]  # (B, M, 1)
     precision = (to_xyz.sqrt() < 0.01).float().mean(dim=(1, 2))

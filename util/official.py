@@ -15,7 +15,7 @@ from util import weights
 from util.weights import Layout, below, tensor
 
 # -- Official name -> our name --------------------------------------------------------------------
-# As in util/weights.py: a row names a tensor, or a module with all that is below it.
+# As in util/weights.py, which has the backbones': a row is a tensor, or a module with all of it.
 STUDENT = {
     "ACT_encoder": "encoder",
     "ACT_encoder.encoder": "encoder.patch_embed",

@@ -101,7 +101,7 @@ def override(config, pairs: list[str], names: list[str]):
             value = kind(text)
         except ValueError as error:
             raise act.UserError(f"--set {pair}: expected {name} of {kind.__name__}") from error
-        if value < 0 or kind is float and not value < 1:  # floats are rates of dropout
+        if value < 0 or kind is float and not value < 1:  # floats here are drop rates
             raise act.UserError(f"--set {pair}: expected 0 or more, and a rate below 1")
         config = replace(config, **{name: value})
     return config
@@ -207,7 +207,7 @@ def plan(config, count: int):
 
 
 def epoch_batches(config, count: int, epoch: int, step: int = 0) -> tuple[torch.Tensor, ...]:
-    """Indices of the clouds in each full batch of an epoch (from 0) that is left at `step`."""
+    """The batches (indices of clouds) of an epoch, from 0, still to do after `step` steps."""
     order = torch.randperm(count, generator=seeded("cpu", config.seed, "order", epoch))
     batches = order.split(config.batch_size)[: count // config.batch_size]
     first = epoch * len(batches)
@@ -407,10 +407,10 @@ class Log:
         self.write(self.epoch, metrics)
         print(f"{self.rows[-1]['seconds']:.0f} s for {self.step} steps; results in {self.folder}")
         if 0 < self.step < 100:
-            print("too few for BatchNorm's statistics: trained and untrained models do not compare")
+            print("fewer than 100 steps: BatchNorm's statistics have not settled")
 
     def means(self, steps: list[dict]) -> dict:
-        """name -> mean of a tensor over the steps and processes, or the last of a number."""
+        """Tensors are averaged over steps and processes; of plain numbers the last is kept."""
         row = dict(steps[-1])
         names = [name for name, value in row.items() if torch.is_tensor(value)]
         means = []

@@ -93,8 +93,8 @@ def load_source(config: TransferConfig) -> nn.Module | None:
 
 
 def encoder_sizes(config: TransferConfig, source: nn.Module | None, size: str = "auto") -> dict:
-    """The fields of act.EncoderConfig but `normalized`, for --points: those of `source`, or without
-    one those of --size. `size`, --size as given, has to fit it."""
+    """Sizes of the encoder, without `normalized`: those of `source`, else of --size.
+    `size` is what the user typed: UserError if it contradicts the checkpoint."""
     own = act.EncoderConfig(points=1024, **run.ENCODER_SIZES[config.size])
     c = own if source is None else source.config
     if size != "auto" and (c.width, c.depth) != (own.width, own.depth):
