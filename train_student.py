@@ -76,7 +76,7 @@ MASKS = {"random": act.random_mask, "block": act.block_mask}
 
 # -- config ---------------------------------------------------------------------------------------
 PRESETS = {  # base is the published run
-    "tiny": dict(epochs=11, batch_size=16, lr=2e-3, mask_ratio=0.6, log_every=50),
+    "tiny": dict(epochs=10, batch_size=16, lr=2e-3, mask_ratio=0.6, log_every=50),
     "small": dict(epochs=50, batch_size=128, lr=1e-3, mask_ratio=0.8),
     "base": dict(epochs=300, batch_size=128, lr=1e-3, mask_ratio=0.8),
 }
