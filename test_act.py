@@ -713,7 +713,6 @@ def test_training_moves_all_but_the_frozen_which_stays_bit_identical(model, froz
         (lambda: make_classifier(head="mlp"), ["head", "mlp3", "mlp"]),
         (lambda: act.distillation_loss(randn(2, 5), randn(5)), [(2, 5), (5,)]),
         (lambda: act.split_mask(torch.tensor([[True, False], [True, True]]), "cpu"), [[1, 2]]),
-        (lambda: act.TeacherConfig(prompt="wide"), ["prompt", "deep", "wide"]),
     ],
 )
 def test_what_is_wrong_is_named(call, words):

@@ -91,6 +91,7 @@ def test_boxes_are_found_in_rooms_with_large_coordinates(monkeypatch, capsys):
     predict_run("rooms --checkpoint detector.pt")
     table = capsys.readouterr().out.splitlines()[1:-1]
     assert "chair" in table[0] and "center [5.0000" in table[0]
+    pytest.importorskip("plyfile")  # reads the .ply
     assert files.read_points("results/rooms-a.npy.ply")[:, 1].min() > 3_999_000
 
 
