@@ -21,7 +21,8 @@ Where this differs from the paper or from the official implementation:
  6. FPS has no rule for points near the origin. The official kernel skips |p|^2 <= 1e-3.
  7. Frozen protocols freeze all below the head, class token and statistics too. Of the published
     sets only ScanObjectNN is rotated. Results are the last epoch's. A vote is over ten samples.
- 8. By rounding only: a Linear of concatenated inputs is computed part by part, the product with
+ 8. A new BatchNorm averages all steps before its tenth, then as published with momentum 0.1.
+ 9. By rounding only: a Linear of concatenated inputs is computed part by part, the product with
     one-hot codes is a look-up, and a convolution of size 1 is a Linear.
 """
 
@@ -530,7 +531,9 @@ class TeacherConfig:
     prompt: str = "deep"  # deep, shallow or none
     num_prompt: int = 64
     prompt_dropout: float = 0.1
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    # None: codes go straight to DGCNN_2, which is the tokenizer of Point-BERT.
+    backbone: BackboneConfig | None = field(default_factory=BackboneConfig)
+    tune: str = "prompts"  # full: the backbone is trained, too
     weights: str = "random"  # what the backbone was initialised from
 
     def __post_init__(self):
@@ -538,6 +541,10 @@ class TeacherConfig:
             self.backbone = BackboneConfig(**self.backbone)
         if self.prompt not in ("deep", "shallow", "none"):
             raise UserError(f"prompt: expected deep, shallow or none, got {self.prompt!r}")
+        if self.tune not in ("prompts", "full"):
+            raise UserError(f"tune: expected prompts or full, got {self.tune!r}")
+        if self.backbone is None and (self.prompt, self.tune) != ("none", "prompts"):
+            raise UserError(f"prompt: expected none without a backbone, got {self.prompt!r}")
 
 
 class TeacherOutput(NamedTuple):
@@ -551,27 +558,37 @@ class TeacherOutput(NamedTuple):
 class Teacher(nn.Module):
     """The 3D autoencoder: patches -> codes -> prompted frozen backbone -> features -> patches.
 
-    All is trained but the backbone: no gradients, fixed statistics, no dropout. A given `backbone`
-    is not copied: the teacher shares its blocks, without the image side, and freezes them."""
+    All is trained but the backbone, unless config.tune is "full". A given `backbone` is not copied:
+    the teacher shares its blocks, without the image side, and freezes them."""
 
     def __init__(self, config: TeacherConfig | None = None, backbone: Backbone | None = None):
         super().__init__()
         if config is None:
             config = TeacherConfig()
-        if backbone is None:
-            backbone = Backbone(replace(config.backbone, patch_size=0))
-        else:
+        if backbone is not None:
             backbone = backbone.without_image_side()
-        c = replace(config, backbone=backbone.config)
-        width = c.backbone.width
-        depth = c.backbone.depth
+        elif config.backbone is not None:
+            backbone = Backbone(replace(config.backbone, patch_size=0))
+        c = config
+        if backbone is not None:
+            c = replace(config, backbone=backbone.config)
         self.config = c
         self.backbone = backbone
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
         self.encoder = PatchEmbed(c.encoder_dims)
         self.dgcnn_1 = DGCNN(c.encoder_dims, c.num_tokens)
         self.codebook = nn.Parameter(torch.randn(c.num_tokens, c.tokens_dims))
+        if backbone is not None:
+            self.prepare_backbone()
+        self.dgcnn_2 = DGCNN(c.tokens_dims, c.decoder_dims)
+        self.decoder = FoldingDecoder(c.decoder_dims, c.group_size)
+
+    def prepare_backbone(self):
+        """Freezes the backbone, unless all is tuned; adds projections, positions and prompts."""
+        c = self.config
+        width = c.backbone.width
+        depth = c.backbone.depth
+        self.backbone.requires_grad_(c.tune == "full")
+        self.backbone.eval()  # it has neither dropout nor batch statistics
         self.proj_pre = nn.Linear(c.tokens_dims, width)
         self.visual_pos_embed = pos_mlp(width)
         self.proj_post = nn.Linear(width, c.tokens_dims)
@@ -581,12 +598,11 @@ class Teacher(nn.Module):
         if c.prompt == "deep":
             self.deep_prompt_tokens = trunc_normal(depth - 1, c.num_prompt, width)
             self.deep_prompt_pos = trunc_normal(depth - 1, c.num_prompt, width)
-        self.dgcnn_2 = DGCNN(c.tokens_dims, c.decoder_dims)
-        self.decoder = FoldingDecoder(c.decoder_dims, c.group_size)
 
     def train(self, mode=True):
         super().train(mode)
-        self.backbone.eval()
+        if self.backbone is not None:
+            self.backbone.eval()
         return self
 
     def prompt_keys_values(self) -> list:
@@ -596,6 +612,8 @@ class Teacher(nn.Module):
         MLP. They do not depend on the cloud either: one pass serves a batch, or a whole run with a
         fixed teacher, and the backbone is 1.9 times as fast. Without deep prompts: None each."""
         c = self.config
+        if c.backbone is None:
+            return []
         if c.prompt != "deep":
             return [None] * c.backbone.depth
         tokens = torch.cat([self.visual_prompt_token, self.deep_prompt_tokens])  # (depth, P, C)
@@ -608,10 +626,10 @@ class Teacher(nn.Module):
             keys_values.append(block.keys_values(token + positions[i : i + 1]))
         return keys_values
 
-    def transform(self, tokens, center, prompts=None):
-        """The prompted backbone, positions added at every block.
+    def backbone_tokens(self, tokens, center, prompts=None):
+        """What the prompted backbone makes of codes, positions added at every block, normed.
 
-        (B, G, tokens_dims), (B, G, 3) -> (B, G, tokens_dims).
+        (B, G, tokens_dims), (B, G, 3) -> (B, G, width).
         `prompts` is what prompt_keys_values() returned, if it was computed before."""
         c = self.config
         x = self.proj_pre(tokens)  # (B, G, width)
@@ -629,8 +647,15 @@ class Teacher(nn.Module):
         for block, keys_values in zip(self.backbone.blocks, prompts, strict=True):
             x = block(x + pos, keys_values)
         G = tokens.shape[1]
-        x = self.backbone.norm(x)[:, x.shape[1] - G :]
-        return self.proj_post(x)
+        return self.backbone.norm(x)[:, x.shape[1] - G :]
+
+    def transform(self, tokens, center, prompts=None):
+        """backbone_tokens at the codes' width; without a backbone the codes themselves.
+
+        (B, G, tokens_dims), (B, G, 3) -> (B, G, tokens_dims)."""
+        if self.backbone is None:
+            return tokens
+        return self.proj_post(self.backbone_tokens(tokens, center, prompts))
 
     def code_logits(self, neighborhood, graph):
         """(B, G, S, 3) and the graph of the centres -> (B, G, codes)."""

@@ -246,6 +246,7 @@ def main(config):
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=WEIGHT_DECAY)
     net = run.parallel(model, config)
     log, state = run.begin(config, model, optimizer, [scene.name for scene in data.train])
+    norms = run.new_norms(net, log.step)
     start = state["start"] if state else evaluate(model, data)["mean"]
 
     # -- loop
@@ -254,6 +255,7 @@ def main(config):
     for epoch in range(log.epoch, config.epochs):
         net.train()
         for batch in run.epoch_batches(config, len(data.train), epoch, log.step):
+            run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             run.seed_step(config.seed, log.step, device)
             rng = np.random.default_rng([config.seed, log.step, run.RANK])

@@ -113,9 +113,8 @@ def predict_class(config, model, file, target):
     """The Prediction of a file; prints it, the two likeliest classes. Writes nothing."""
     c = model.config
     xyz = files.read_cloud(file, c.points, c.normalized)  # (n, 3) float32
-    least = max(c.num_group, c.group_size)
-    if len(np.unique(xyz, axis=0)) < least:
-        raise act.UserError(f"{file}: expected {least} different points, got fewer")
+    if len(np.unique(xyz, axis=0)) < c.num_group:
+        raise act.UserError(f"{file}: expected {c.num_group} different points, got fewer")
     feature = inference.cloud_feature(model, torch.from_numpy(xyz[None]))
     names = []
     probability = []

@@ -36,11 +36,22 @@ class FixedTeacher:
         """(B, G, S, 3), (B, G, 3) -> (B, G, D)."""
         return self.model.features(neighborhood, center, self.prompts)
 
+    def backbone_tokens(self, neighborhood, center):
+        """(B, G, S, 3), (B, G, 3) -> (B, G, width)."""
+        codes = F.embedding(self.model.tokenize(neighborhood, center), self.model.codebook)
+        return self.model.backbone_tokens(codes, center, self.prompts)
+
 
 def features_loss(prediction, neighborhood, center, masked, teacher, kind):
     """As published: the teacher's features; prediction (B, M, D) of masked (B, M)."""
     features = act.gather_points(teacher.features(neighborhood, center), masked)
     return act.distillation_loss(prediction, features, kind)
+
+
+def backbone_loss(prediction, neighborhood, center, masked, teacher, kind):
+    """The backbone's normed tokens, before the part of the teacher that is trained on points."""
+    tokens = act.gather_points(teacher.backbone_tokens(neighborhood, center), masked)
+    return act.distillation_loss(prediction, tokens, kind)
 
 
 def codes_loss(prediction, neighborhood, center, masked, teacher, kind):
@@ -67,6 +78,9 @@ class Target(NamedTuple):
 
 TARGETS = {
     "teacher": Target(features_loss, lambda teacher, student: teacher.decoder_dims),
+    "backbone": Target(
+        backbone_loss, lambda teacher, student: teacher.backbone.width, has_points=False
+    ),
     "codes": Target(codes_loss, lambda teacher, student: teacher.num_tokens, has_points=False),
     "coordinates": Target(coordinates_loss, lambda teacher, student: 3 * student.group_size, False),
 }
@@ -121,6 +135,8 @@ def student_config(config, source, teacher, normalized):
     names = PATCHES + SIZES
     if teacher is not None:
         c = teacher.model.config
+        if config.target == "backbone" and c.backbone is None:
+            raise act.UserError(f"{config.teacher}: expected a teacher with a backbone, got none")
         sizes = replace(sizes, num_group=c.num_group, group_size=c.group_size)
         names = SIZES
     sizes = run.override(sizes, config.set, names)
@@ -173,11 +189,10 @@ def svm_features(student, split, config):
     return torch.cat(features), labels.to(device)
 
 
-def svm_accuracy(student, train, test, config):
-    """Percent of test clouds that a linear SVM on frozen features labels right."""
-    features, labels = svm_features(student, train, config)
-    test_features, test_labels = svm_features(student, test, config)
-    return metrics.svm_accuracy(features, labels, test_features, test_labels)[0]
+def probe(student, train, test, config):
+    """Percent of test clouds labelled right by frozen features: linear SVM, nearest neighbours."""
+    features = svm_features(student, train, config) + svm_features(student, test, config)
+    return metrics.svm_accuracy(*features)[0], metrics.knn_accuracy(*features)
 
 
 @torch.no_grad()
@@ -232,9 +247,10 @@ def decode(prediction, teacher, neighborhood, center, masked, kind):
 
 def main(config):
     config, device = run.setup(config, PRESETS)
-    if config.target != "teacher" and config.loss:
-        raise act.UserError(f"--loss {config.loss}: expected --target teacher")
-    if config.target == "teacher" and not config.loss:
+    predicts_features = config.target in ("teacher", "backbone")
+    if config.loss and not predicts_features:
+        raise act.UserError(f"--loss {config.loss}: expected --target teacher or backbone")
+    if predicts_features and not config.loss:
         config = replace(config, loss="cosine")
 
     # -- data
@@ -274,11 +290,13 @@ def main(config):
     log, _ = run.begin(config, student, optimizer, train.names)
 
     # -- loop
+    norms = run.new_norms(net, log.step)
     warmup = 10 * (len(train) // config.batch_size)  # ten epochs
     share = slice(run.RANK, None, run.WORLD)
     for epoch in range(log.epoch, config.epochs):
         student.train()
         for batch in run.epoch_batches(config, len(train), epoch, log.step):
+            run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             generator = run.seed_step(config.seed, log.step, device)
             xyz, _ = train.sample(batch, config.points, generator)
@@ -314,11 +332,13 @@ def main(config):
         print("no linear SVM, which takes training clouds of two classes")
         return
     print("features of all clouds for a linear SVM ...", flush=True)
-    before = svm_accuracy(untrained, dataset.train, test, config)
-    after = svm_accuracy(student, dataset.train, test, config)
-    log.close(svm_untrained=before, svm_trained=after)
-    text = f"{before:.1f} % untrained -> {after:.1f} % trained"
+    before = probe(untrained, dataset.train, test, config)
+    after = probe(student, dataset.train, test, config)
+    svms = dict(svm_untrained=before[0], svm_trained=after[0])
+    log.close(**svms, knn_untrained=before[1], knn_trained=after[1])
+    text = f"{before[0]:.1f} % untrained -> {after[0]:.1f} % trained"
     print(f"linear SVM on frozen features, {len(test)} test clouds: {text}")
+    print(f"5 nearest neighbours by cosine: {before[1]:.1f} % -> {after[1]:.1f} %")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Leaves last.pt, metrics.jsonl, config.json, reconstruction.png and .ply, and los
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,10 @@ SET = [f.name for f in fields(act.TeacherConfig) if type(f.default) in (int, flo
 class Config(run.RunConfig):
     out: str = flag("runs/teacher", "folder of the checkpoint, log, configuration and pictures")
     weight_decay: float = flag(5e-4, "AdamW's weight decay", 5e-4)
-    weights: str = flag("auto", "auto: public if possible; random, a NAME or a PATH", "ViT-B")
+    weights: str = flag("auto", "auto: public if possible; random, none, a NAME or a PATH", "ViT-B")
     codes: str = flag(None, "term for varied codes; base: kl, else information", "kl", str, CODES)
     prompt: str = flag("deep", "prompt tuning", "deep", choices=("deep", "shallow", "none"))
+    tune: str = flag("prompts", "or full: the backbone, too", "prompts", None, ("prompts", "full"))
     init: str = flag("", "start from the teacher in this checkpoint, ours or the official one")
     set: list = flag((), f"NAME=VALUE of the teacher's {', '.join(SET)}")
 
@@ -61,6 +62,8 @@ class Config(run.RunConfig):
 # -- model ----------------------------------------------------------------------------------------
 def open_backbone(source, name, width):
     """The backbone of --weights and its name; a random one if auto finds no public weights."""
+    if source == "none":
+        return None, source
     if source not in ("auto", "random"):
         return weights.load_pretrained(source), source
     if source == "auto":
@@ -75,15 +78,29 @@ def open_backbone(source, name, width):
 def build_teacher(config, device):
     """From --init, with the sizes that checkpoint has, or by --size, --weights, --prompt, --set."""
     if config.init:
-        if config.set or config.weights != "auto" or config.prompt != "deep":
-            raise act.UserError("--init: expected no --set, --weights or --prompt, it has its own")
+        given = (config.weights, config.prompt, config.tune)
+        if config.set or given != ("auto", "deep", "prompts"):
+            raise act.UserError(
+                "--init: expected no --set, --weights, --prompt or --tune beside it"
+            )
         return run.load_model(config.init, device, act.Teacher)
     name, width = BACKBONES[config.size]
     backbone, source = open_backbone(config.weights, name, width)
-    sizes = act.TeacherConfig(prompt=config.prompt, weights=source, **TEACHERS[config.size])
+    sizes = act.TeacherConfig(weights=source, **TEACHERS[config.size])
+    if backbone is None:
+        sizes = replace(sizes, backbone=None, prompt="none", tune=config.tune)
+    else:
+        sizes = replace(sizes, prompt=config.prompt, tune=config.tune)
     sizes = run.override(sizes, config.set, SET)
     torch.manual_seed(config.seed)
     return act.Teacher(sizes, backbone).to(device)
+
+
+def describe_backbone(c):
+    if c.backbone is None:
+        return "none"
+    state = "frozen" if c.tune == "prompts" else "trained"
+    return f"{c.weights}, {c.backbone.width} wide, {c.backbone.depth} deep, {state}"
 
 
 # -- loss: as published, or with the information term, which a run of minutes needs ---------------
@@ -258,9 +275,9 @@ def main(config):
             start_codes(teacher, train, config, device)
     trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad) / 1e6
     print(
-        f"stage I on {device} x {run.WORLD}, {config.precision}; size {config.size}, frozen "
-        f"backbone {c.weights}, {c.backbone.width} wide, {c.backbone.depth} deep, and "
-        f"{trained:.1f} M trained parameters, from {config.init or 'scratch'}"
+        f"stage I on {device} x {run.WORLD}, {config.precision}; size {config.size}, backbone "
+        f"{describe_backbone(c)}, {trained:.1f} M trained parameters, "
+        f"from {config.init or 'scratch'}"
     )
 
     # -- optimizer, resume
@@ -270,11 +287,13 @@ def main(config):
     before = state["before"] if state else evaluate(teacher, test, config, 256)
 
     # -- loop
+    norms = run.new_norms(net, log.step)
     warmup = 10 * (len(train) // config.batch_size)  # ten epochs
     for epoch in range(log.epoch, config.epochs):
         teacher.train()
         usage = torch.zeros(c.num_tokens, device=device)  # of each code in this epoch
         for batch in run.epoch_batches(config, len(train), epoch, log.step):
+            run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-7, warmup=warmup)
             tau = temperature(log.step, config.steps)
             generator = run.seed_step(config.seed, log.step, device)

@@ -82,7 +82,17 @@ LAYOUTS = {  # words of the description -> clouds, other files, labels to train 
         [[0, 1], [1]],
     ),
     "set: 2 training": ("", {"x_train.h5": [[0], [1]], "x_test.h5": [0]}, [[0, 1], [0]]),
-    "val is the test set": ("a/train/0.npy train/b/1.npy b/Valid/2.npy", {}, [[0, 1], [1]]),
+    "val is the test set": ("a/train/0.npy b/train/1.npy b/Valid/2.npy", {}, [[0, 1], [1]]),
+    "b, train; the folder train is a class": (
+        "train/b/0.npy train/train/1.npy test/train/2.npy",
+        {},
+        [[0, 1], [1]],
+    ),
+    "car, train; the folder train is a class; a fixed fifth": (
+        "car/0.npy car/1.npy train/2.npy train/3.npy",
+        {},
+        [[0, 1], [0, 1]],
+    ),
     "val joins the training set": ("Val/b/1.npy train/a/0.npy testing/b/2.npy", {}, [[1, 0], [1]]),
 }
 

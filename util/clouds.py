@@ -123,15 +123,14 @@ def check_sizes(clouds: Clouds, num_group: int, group_size: int, points: int) ->
 @torch.no_grad()
 def each_cloud(function: Callable, clouds: Clouds, num_points: int | None = None) -> list:
     """What `function`, of xyz (B, n, 3), gives for each cloud, in batches of clouds of one size.
-    With `num_points` it sees the first of each cloud, normalised as in files.read_cloud."""
+    With `num_points` it sees so many, as in files.read_cloud: the first, or all, repeated."""
     sizes = clouds.offsets.diff()
-    if num_points is not None:
-        sizes = sizes.clamp(max=num_points)
+    seen = sizes if num_points is None else torch.full_like(sizes, num_points)
     values = [None] * len(clouds)
-    for size in sizes.unique().tolist():
-        for indices in (sizes == size).nonzero()[:, 0].split(64):
-            rows = clouds.offsets[indices][:, None] + torch.arange(size, device=sizes.device)
-            xyz = clouds.points[rows]  # (B, size, 3)
+    for size in seen.unique().tolist():
+        for indices in (seen == size).nonzero()[:, 0].split(64):
+            turn = torch.arange(size, device=sizes.device) % sizes[indices][:, None]
+            xyz = clouds.points[clouds.offsets[indices][:, None] + turn]  # (B, size, 3)
             if num_points is not None and clouds.normalized:
                 xyz = unit_sphere(xyz)
             for i, value in zip(indices.tolist(), function(xyz), strict=True):

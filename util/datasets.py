@@ -108,22 +108,43 @@ def list_clouds(folder: Path, labelled: bool = False) -> tuple[list[Entry], list
     found = find_clouds([folder], suffixes)
     if found == [folder]:
         raise act.UserError(f"{folder}: expected files {' '.join(suffixes)}, got none")
+    names = [path.relative_to(folder).as_posix() for path in found]
+    level = split_level(names)
+    notes = []
     entries = []
-    for path in found:
-        entry = Entry(path.relative_to(folder).as_posix(), parts=(0, 256) if labelled else None)
-        for above in entry.name.split("/")[:-1]:
-            split = SPLIT_NAMES.get(above.lower(), above.lower())
-            if split in ("train", "val", "test"):
-                entry.split = entry.split or split
+    for name in names:
+        entry = Entry(name, parts=(0, 256) if labelled else None)
+        for depth, above in enumerate(name.split("/")[:-1]):
+            if depth == level and split_name(above):
+                entry.split = split_name(above)
             elif not labelled:
                 entry.label = entry.label or above
+        if entry.label and split_name(entry.label):
+            notes = [f"the folder {entry.label} is a class"]
         entries.append(entry)
-    notes = choose_splits(folder, entries)
+    notes += choose_splits(folder, entries)
     others = set(files.list_files(folder)) - set(found)
     skipped = sum(path.suffix.lower() == ".txt" and path.name != "classes.txt" for path in others)
     if skipped:
         notes.insert(0, f"{skipped} .txt files without points skipped")
     return entries, notes
+
+
+def split_name(folder):
+    """train, val or test if a folder of this name may be a split, else None."""
+    name = SPLIT_NAMES.get(folder.lower(), folder.lower())
+    return name if name in ("train", "val", "test") else None
+
+
+def split_level(names):
+    """The first depth of folders, from 0, that splits the clouds, or None: it has a training set
+    and another, or splits alone. A folder train among others of no split, or below, is a class."""
+    folders = [name.split("/")[:-1] for name in names]
+    for depth in range(max(len(above) for above in folders)):
+        splits = {split_name(above[depth]) for above in folders if len(above) > depth}
+        if None not in splits or ("train" in splits and len(splits - {None}) > 1):
+            return depth
+    return None
 
 
 def choose_splits(folder, entries):

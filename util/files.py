@@ -297,13 +297,17 @@ def read_points(path: AnyPath) -> np.ndarray:
 
 
 def read_cloud(path: AnyPath, points: int | None = 1024, normalized: bool = True) -> np.ndarray:
-    """A file as a model takes it: (n, 3) float32, the `points` farthest of limit_points' part."""
+    """A file as a model takes it, (points, 3) float32: the farthest ones of limit_points' part; a
+    smaller cloud is repeated, as in training. points=None: all of that part."""
     prepare = clouds.normalize if normalized else np.float32
     with reading(path):
         xyz = prepare(clouds.limit_points(read_points(path)))
-        if points is not None and len(xyz) > points:
-            xyz = prepare(xyz[clouds.farthest_points(xyz, points)])
-    return xyz
+        if points is None:
+            return xyz
+        chosen = np.arange(points) % len(xyz)
+        if len(xyz) > points:
+            chosen = clouds.farthest_points(xyz, points)
+        return prepare(xyz[chosen])
 
 
 def read_labelled(path: AnyPath, first: int = 0, last: int = 256) -> tuple[np.ndarray, np.ndarray]:

@@ -166,5 +166,17 @@ def svm_accuracy(
     return 100 * _share_right(w, queries, test_labels), best_C
 
 
+def knn_accuracy(
+    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor
+) -> float:
+    """Percent of the test features (m, D) to which most of the 5 train features (n, D) of highest
+    cosine give the right label; among labels of as many, that of the higher sum of cosines."""
+    cosine = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T  # (m, n)
+    value, nearest = cosine.topk(min(5, len(train)), dim=1)
+    one_hot = F.one_hot(train_labels)[nearest].double()  # (m, 5, classes)
+    votes = one_hot.sum(dim=1) + 0.01 * (one_hot * value[..., None]).sum(dim=1)
+    return 100 * (votes.argmax(dim=1) == test_labels).double().mean().item()
+
+
 def _share_right(w, x, labels):
     return ((x @ w).argmax(dim=1) == labels).double().mean().item()

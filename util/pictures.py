@@ -157,6 +157,43 @@ def write_chart(path: str | Path, rows: list[dict]) -> None:
     Path(path).write_text("\n".join(svg))
 
 
+def write_dots(path: str | Path, panels: dict[str, list]) -> None:
+    """title -> [(name, values, half the interval of their mean or None)] -> .svg: a panel for each
+    title, with a row for each name: a dot per value, a line at the mean, a bar of the interval."""
+    svg = []
+    down = 0
+    for title, rows in panels.items():
+        low, high = dot_range(rows)
+        down += 40
+        svg.append(chart_text(180, down - 8, "start", "black", title))
+        for name, values, reach in rows:
+            x = 180 + 420 * (np.append(values, np.mean(values)) - low) / (high - low)
+            svg.append(chart_text(170, down + 14, "end", "black", name))
+            if reach is not None:
+                width = 420 * reach / (high - low)
+                place = f"x='{x[-1] - width:.1f}' y='{down + 6}' width='{2 * width:.1f}'"
+                svg.append(f"<rect {place} height='8' fill='#c9d6ea'/>")
+            svg.append(f"<path d='M{x[-1]:.1f} {down + 1}v18' stroke='#3b6fb6' stroke-width='2'/>")
+            for center in x[:-1]:
+                svg.append(f"<circle cx='{center:.1f}' cy='{down + 10}' r='3' fill='#c94f4f'/>")
+            down += 22
+        for i, tick in enumerate(np.linspace(low, high, 5)):
+            svg.append(chart_text(180 + 105 * i, down + 14, "middle", "gray", f"{tick:.4g}"))
+        down += 20
+    head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 {down + 10}' font-size='12'>"
+    Path(path).write_text("\n".join([head, *svg, "</svg>\n"]))
+
+
+def dot_range(rows: list) -> tuple[float, float]:
+    """The axis of a panel of write_dots: all values and intervals, and a little more."""
+    edges = []
+    for _, values, reach in rows:
+        half = reach or 0.0
+        edges += [min(values), max(values), np.mean(values) - half, np.mean(values) + half]
+    margin = 0.05 * np.ptp(edges) or 1.0
+    return min(edges) - margin, max(edges) + margin
+
+
 def curve(rows: list[dict], name: str) -> list[tuple]:
     """The (step, value) of the rows that have a value of that name."""
     return [(row["step"], row[name]) for row in rows if name in row]

@@ -101,8 +101,10 @@ def override(config, pairs: list[str], names: list[str]):
             value = kind(text)
         except ValueError as error:
             raise act.UserError(f"--set {pair}: expected {name} of {kind.__name__}") from error
-        if value < 0 or kind is float and not value < 1:  # floats here are drop rates
-            raise act.UserError(f"--set {pair}: expected 0 or more, and a rate below 1")
+        if kind is int and value < 1:
+            raise act.UserError(f"--set {pair}: expected 1 or more")
+        if kind is float and not 0 <= value < 1:  # floats here are drop rates
+            raise act.UserError(f"--set {pair}: expected a rate from 0 to below 1")
         config = replace(config, **{name: value})
     return config
 
@@ -229,6 +231,24 @@ def set_lr(optimizer, step: int, config, end: float, warmup: int, start: float =
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1)  # a group may have a rate of its own
     return lr
+
+
+def new_norms(model, step: int) -> list:
+    """The BatchNorms that have seen no batch before this run, which has done `step` steps."""
+    norms = []
+    for module in model.modules():
+        is_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        if is_norm and int(module.num_batches_tracked) <= step:
+            norms.append(module)
+    return norms
+
+
+def set_momentum(norms: list, step: int) -> None:
+    """The running statistics of new BatchNorms are the mean of all steps, from the tenth step on
+    with the published momentum of 0.1. Otherwise they would keep what they start with, a variance
+    of 1, for some 100 steps, where patches have one of 1e-5."""
+    for norm in norms:
+        norm.momentum = max(0.1, 1 / (step + 1))
 
 
 def adamw(model, lr: float, weight_decay: float, slow: tuple[str, ...] = ()) -> torch.optim.AdamW:
@@ -406,8 +426,6 @@ class Log:
         """The last row, with the closing metrics, and a line on the run."""
         self.write(self.epoch, metrics)
         print(f"{self.rows[-1]['seconds']:.0f} s for {self.step} steps; results in {self.folder}")
-        if 0 < self.step < 100:
-            print("fewer than 100 steps: BatchNorm's statistics have not settled")
 
     def means(self, steps: list[dict]) -> dict:
         """Tensors are averaged over steps and processes; of plain numbers the last is kept."""

@@ -151,6 +151,7 @@ def train(
     warmup = 10 * (count // config.batch_size)  # ten epochs
     log, _ = run.begin(config, model, optimizer, task.names)
     net = run.parallel(model, config)
+    norms = run.new_norms(net, log.step)
 
     # -- loop
     metrics = {}
@@ -159,6 +160,7 @@ def train(
         net.train()
         for indices in run.epoch_batches(config, count, epoch, log.step):
             generator = run.seed_step(config.seed, log.step, device)
+            run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             xyz, target, category = task.sample(indices, log.step, generator)
             xyz = task.augment(xyz, generator)
