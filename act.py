@@ -18,7 +18,8 @@ Where this differs from the paper or from the official implementation:
     one scales temperature and KL weight by its length, and warms up for a tenth of it at most.
  5. Every backbone is treated alike, BERT too: positions at every block, deep prompts. Officially
     BERT gets positions once and fails with deep prompts; CLIP attends across a batch's clouds.
- 6. FPS has no rule for points near the origin. The official kernel skips |p|^2 <= 1e-3.
+ 6. FPS takes no index twice, and points near the origin like others. The official kernel repeats
+    index 0 where all other points are copies, and skips |p|^2 <= 1e-3.
  7. Frozen protocols freeze all below the head, class token and statistics too. Of the published
     sets only ScanObjectNN is rotated. Results are the last epoch's. A vote is over ten samples.
  8. A new BatchNorm averages all steps before its tenth, then as published with momentum 0.1.
@@ -28,7 +29,6 @@ Where this differs from the paper or from the official implementation:
 
 import math
 import os
-from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,10 @@ class UserError(ValueError):
     """A mistake of the user, told in one line that names the file or the argument."""
 
 
+class MissingFile(UserError, FileNotFoundError):
+    """A UserError that callers of Python's own open() expect, too."""
+
+
 # -- geometry -------------------------------------------------------------------------------------
 # Batched, on any device, in float32 or better even under autocast. Distances are computed by
 # subtraction: the expanded square loses every digit of a cloud far from the origin. Each function
@@ -53,8 +57,8 @@ def farthest_point_sample(
     """Indices of mutually distant points (PointNet++, Sec. 3.2).
 
     xyz: (B, N, 3) -> (B, num_samples) int64. The first is point 0, or a random one by `generator`.
-    Each further one is argmax_i min_{j chosen} |x_i - x_j|^2, ties by index.
-    Raises ValueError if num_samples > N."""
+    Each further one is argmax_i min_{j chosen} |x_i - x_j|^2 over the points that are left, ties by
+    index: none is taken twice. Raises ValueError if num_samples > N."""
     B, N, _ = xyz.shape
     if not 1 <= num_samples <= N:
         raise ValueError(f"num_samples: expected 1 to the {N} points of a cloud, got {num_samples}")
@@ -73,6 +77,7 @@ def farthest_point_sample(
         dz = z - z.gather(1, farthest)
         sqdist = dx.mul_(dx).add_(dy.mul_(dy)).add_(dz.mul_(dz))  # (B, N)
         nearest = torch.minimum(nearest, sqdist)
+        nearest.scatter_(1, farthest, -1)  # below every distance, that of a copy of a point, too
         farthest = nearest.argmax(dim=1, keepdim=True)  # the first of equal maxima
         idx.append(farthest)
     return torch.cat(idx, dim=1)
@@ -114,6 +119,8 @@ def smallest(value: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     value: (..., N), none below 0 -> (..., k) and (..., k) int64."""
     if k == 1:
         return value.min(dim=-1, keepdim=True)  # the first of equal minima
+    if torch.onnx.is_in_onnx_export():
+        return value.topk(k, largest=False)  # ONNX has no stable sort; its TopK orders by index
     in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if value.dtype != torch.float32 or in_graph:
         value, idx = value.sort(dim=-1, stable=True)
@@ -156,8 +163,7 @@ def chamfer_distance(a: torch.Tensor, b: torch.Tensor, norm: int = 1) -> torch.T
 
     a: (B, N, 3), b: (B, N2, 3). norm=1: 1/2 (mean_a min_b |a - b| + mean_b min_a |a - b|), the
     paper's CD-L1, in the clouds' unit. norm=2: mean_a min_b |a - b|^2 + mean_b min_a |a - b|^2, in
-    the squared unit, without 1/2. Gradients flow to both; neighbours are searched in bounded
-    memory."""
+    the squared unit, without 1/2. Gradients flow to both; memory is bounded."""
     if norm not in (1, 2):
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -196,6 +202,25 @@ def interpolate(xyz: torch.Tensor, center: torch.Tensor, features: torch.Tensor)
 
 # -- Transformer ----------------------------------------------------------------------------------
 # One Block serves the backbone, the student and its decoder. Parameter names are timm's.
+@dataclass
+class BackboneConfig:
+    """Sizes and kind of a Transformer; patch_size = 0: no image side."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_hidden: int = 3072
+    eps: float = 1e-6
+    norm_first: bool = True  # BERT's is False, and it has no final norm
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    quick_gelu: bool = False
+    norm_pre: bool = False  # CLIP's ln_pre
+    patch_size: int = 0
+    grid: int = 0  # the position table holds grid x grid patches
+    num_prefix: int = 0  # class token, DeiT's distillation token, DINOv2's registers
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; `prompts` are further keys and values in front of those of x."""
 
@@ -245,35 +270,20 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm (ViT, CLIP, the student) or post-norm (BERT): (B, T, C) -> (B, T, C)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_hidden: int | None = None,
-        qkv_bias: bool = True,
-        eps: float = 1e-5,
-        norm_first: bool = True,
-        layer_scale: bool = False,
-        quick_gelu: bool = False,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, config: BackboneConfig, drop_path: float = 0.0):
         super().__init__()
-        if mlp_hidden is None:
-            mlp_hidden = 4 * dim
+        c = config
         self.drop_rate = drop_path
-        self.norm_first = norm_first
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads, qkv_bias)
-        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(dim, mlp_hidden),
-                act=QuickGELU() if quick_gelu else nn.GELU(),
-                fc2=nn.Linear(mlp_hidden, dim),
-            )
-        )
-        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm_first = c.norm_first
+        self.norm1 = nn.LayerNorm(c.width, eps=c.eps)
+        self.attn = Attention(c.width, c.num_heads, c.qkv_bias)
+        self.ls1 = LayerScale(c.width) if c.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(c.width, eps=c.eps)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(c.width, c.mlp_hidden))
+        self.mlp.add_module("act", QuickGELU() if c.quick_gelu else nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(c.mlp_hidden, c.width))
+        self.ls2 = LayerScale(c.width) if c.layer_scale else nn.Identity()
 
     def drop_path(self, x):
         """In training, drops a sample's residual branch at the drop rate, else scales it up."""
@@ -297,25 +307,6 @@ class Block(nn.Module):
         return self.norm2(x + self.drop_path(self.mlp(x)))
 
 
-@dataclass
-class BackboneConfig:
-    """Sizes and kind of a pretrained Transformer; patch_size = 0: no image side."""
-
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_hidden: int = 3072
-    eps: float = 1e-6
-    norm_first: bool = True  # BERT's is False, and it has no final norm
-    qkv_bias: bool = True
-    layer_scale: bool = False
-    quick_gelu: bool = False
-    norm_pre: bool = False  # CLIP's ln_pre
-    patch_size: int = 0
-    grid: int = 0  # the position table holds grid x grid patches
-    num_prefix: int = 0  # class token, DeiT's distillation token, DINOv2's registers
-
-
 class Backbone(nn.Module):
     """A plain Transformer: a ViT on images, or its blocks alone on tokens of any origin."""
 
@@ -329,19 +320,7 @@ class Backbone(nn.Module):
             self.prefix_tokens = nn.Parameter(torch.zeros(1, c.num_prefix, c.width))
             self.pos_embed = nn.Parameter(torch.zeros(1, c.grid**2, c.width))
         self.norm_pre = nn.LayerNorm(c.width, eps=c.eps) if c.norm_pre else nn.Identity()
-        self.blocks = nn.ModuleList()
-        for _ in range(c.depth):
-            block = Block(
-                c.width,
-                c.num_heads,
-                mlp_hidden=c.mlp_hidden,
-                qkv_bias=c.qkv_bias,
-                eps=c.eps,
-                norm_first=c.norm_first,
-                layer_scale=c.layer_scale,
-                quick_gelu=c.quick_gelu,
-            )
-            self.blocks.append(block)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=c.eps) if c.norm_first else nn.Identity()
         init_linear(self)  # as timm
 
@@ -777,13 +756,14 @@ class StudentConfig(EncoderConfig):
     target_dim: int = 384
 
 
-def student_blocks(config, depth):
+def student_blocks(config: EncoderConfig, depth: int) -> nn.ModuleList:
     """Pre-norm blocks whose qkv has no bias, with a drop path that grows linearly with depth."""
-    blocks = nn.ModuleList()
-    for rate in torch.linspace(0, config.drop_path, depth).tolist():
-        block = Block(config.width, config.num_heads, qkv_bias=False, drop_path=rate)
-        blocks.append(block)
-    return blocks
+    c = config
+    sizes = BackboneConfig(
+        width=c.width, num_heads=c.num_heads, mlp_hidden=4 * c.width, eps=1e-5, qkv_bias=False
+    )
+    rates = torch.linspace(0, c.drop_path, depth).tolist()
+    return nn.ModuleList(Block(sizes, rate) for rate in rates)
 
 
 class Encoder(nn.Module):
@@ -1028,14 +1008,19 @@ class Segmenter(nn.Module):
 # -- weights, checkpoints -------------------------------------------------------------------------
 # A public Transformer comes in many layouts. timm's names are read here; a state dict in any other
 # layout is renamed first.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
+
+
 def read_tensors(path) -> dict:
     """What a weight file holds, on the CPU: .safetensors, .npz, or else what torch.save wrote.
 
     Nothing in the file runs: torch.load admits tensors and plain values, .npz arrays only. Raises
-    UserError if the file is missing or broken."""
+    UserError if the file is broken, MissingFile if there is none."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: expected a weight file, got a folder")
     if not path.is_file():
-        raise UserError(f"{path}: expected a weight file, got no such file")
+        raise MissingFile(f"{path}: expected a weight file, got no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -1052,11 +1037,20 @@ def read_tensors(path) -> dict:
         raise UserError(f"{path}: expected a weight file, got a broken one ({reason})") from error
 
 
+def without_wrappers(state: dict) -> dict:
+    """The state dict without what torch.compile and DistributedDataParallel add to its names."""
+    unwrapped = {}
+    for name, value in state.items():
+        name = str(name).replace("_orig_mod.", "")
+        unwrapped[name.removeprefix("module.")] = value
+    return unwrapped
+
+
 def load_pretrained(path, num_heads: int | None = None) -> Backbone:
     """A pretrained Backbone in eval mode from a file in timm's names.
 
-    num_heads: width // 64 if not given. Raises UserError if the file is missing or broken, or a key
-    is unexpected or missing."""
+    num_heads: by HEADS if not given. Raises UserError if the file is missing or broken, or a key is
+    unexpected or missing."""
     state = read_tensors(path)
     for wrapping in ("model", "state_dict"):
         if isinstance(state, dict) and wrapping in state:
@@ -1064,6 +1058,7 @@ def load_pretrained(path, num_heads: int | None = None) -> Backbone:
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a state dict, got a {type(state).__name__}")
     dropped = ("head.", "head_dist.", "pre_logits.", "mask_token")
+    state = without_wrappers(state)
     state = {name: value for name, value in state.items() if not name.startswith(dropped)}
     return build_backbone(state, backbone_config(state, path, num_heads), path)
 
@@ -1071,15 +1066,19 @@ def load_pretrained(path, num_heads: int | None = None) -> Backbone:
 def backbone_config(state: dict, path, num_heads: int | None = None) -> BackboneConfig:
     """Sizes read off a state dict in timm's names. What no tensor shows is as in timm's ViT.
 
-    `path` is named in the UserError if the first block is missing or misshapen."""
-    qkv = state.get("blocks.0.attn.qkv.weight")
-    fc1 = state.get("blocks.0.mlp.fc1.weight")
-    if qkv is None or fc1 is None or qkv.ndim != 2 or fc1.ndim != 2:
+    Raises UserError, which names `path`, if the first block is missing or misshapen, or if HEADS
+    has no such width and `num_heads` is not given."""
+    qkv = state.get("blocks.0.attn.qkv.weight", torch.empty(0))
+    fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
+    if qkv.ndim != 2 or fc1.ndim != 2:
         wanted = "blocks.0.attn.qkv.weight and blocks.0.mlp.fc1.weight"
         raise UserError(f"{path}: expected matrices {wanted}, got {', '.join(list(state)[:3])}")
     width = qkv.shape[1]
+    if num_heads is None and width not in HEADS:
+        wanted = "num_heads, or num_attention_heads in a config.json"
+        raise UserError(f"{path}: expected {wanted}, got width {width}, which tells no heads")
     if num_heads is None:
-        num_heads = max(1, width // 64)
+        num_heads = HEADS[width]
     return BackboneConfig(
         width=width,
         depth=sum(name.endswith(".norm1.weight") for name in state),
@@ -1108,30 +1107,31 @@ def build_backbone(state: dict, config: BackboneConfig, path) -> Backbone:
 def fold_image_side(state: dict, config: BackboneConfig, path) -> BackboneConfig:
     """The config with its image side; in the state, the tokens before patches become one tensor.
 
-    Positions of these tokens, which a table has for all of them or for none, are added to them."""
-    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
+    Their positions are added to them. A table has rows for all of them, for all but the registers,
+    or for none; SigLIP has no such token."""
+    for name in ("pos_embed", "patch_embed.proj.weight"):
         if name not in state:
             raise UserError(f"{path}: missing key {name}, expected an image side")
-    tokens = [state.pop(name) for name in ("cls_token", "dist_token") if name in state]
-    registers = state.pop("reg_token", torch.empty(0))
     projection = state["patch_embed.proj.weight"]
-    try:
-        tokens = [token.float().reshape(1, 1, config.width) for token in tokens]
-        registers = registers.float().reshape(1, -1, config.width)
-        pos = state["pos_embed"].float().reshape(1, -1, config.width)  # CLIP's has no batch axis
-    except RuntimeError as error:
-        raise UserError(f"{path}: expected tokens of width {config.width}, got {error}") from error
     if projection.ndim != 4:
         shape = tuple(projection.shape)
         raise UserError(f"{path}: expected a convolution patch_embed.proj.weight, got {shape}")
-    prefix = torch.cat(tokens, dim=1)  # (1, tokens, width)
+    try:
+        tokens = [torch.empty(1, 0, config.width)]
+        for name in ("cls_token", "dist_token"):
+            if name in state:
+                tokens.append(state.pop(name).float().reshape(1, 1, config.width))
+        registers = state.pop("reg_token", torch.empty(0)).float().reshape(1, -1, config.width)
+        pos = state["pos_embed"].float().reshape(1, -1, config.width)  # CLIP's has no batch axis
+    except RuntimeError as error:
+        raise UserError(f"{path}: expected tokens of width {config.width}, got {error}") from error
+    prefix = torch.cat(tokens + [registers], dim=1)  # (1, tokens, width)
     grid = math.isqrt(pos.shape[1])
     extra = pos.shape[1] - grid**2
-    if extra not in (0, prefix.shape[1]):
-        raise UserError(f"{path}: expected a square table of positions, got {pos.shape[1]}")
-    if extra:
-        prefix = prefix + pos[:, :extra]
-    prefix = torch.cat([prefix, registers], dim=1)  # registers have no positions
+    if extra not in (0, len(tokens) - 1, prefix.shape[1]):
+        wanted = "a square of patches, and all or none of cls_token, dist_token, reg_token"
+        raise UserError(f"{path}: pos_embed: expected {wanted}, got {pos.shape[1]} rows")
+    prefix[:, :extra] += pos[:, :extra]
     state["prefix_tokens"] = prefix
     state["pos_embed"] = pos[:, extra:]
     state.setdefault("patch_embed.proj.bias", torch.zeros(config.width))  # CLIP has none
@@ -1140,11 +1140,16 @@ def fold_image_side(state: dict, config: BackboneConfig, path) -> BackboneConfig
 
 
 def load_exactly(model: nn.Module, state: dict, path) -> nn.Module:
-    """The model with a state dict of exactly its keys and shapes; else UserError naming `path`."""
+    """The model with a state dict of exactly its keys and shapes, all finite.
+
+    Raises UserError, which names `path` and the tensor, for any other."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from error
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name}: expected finite weights, got NaN or infinity")
     return model
 
 
@@ -1157,17 +1162,20 @@ KINDS = {
 
 
 def read_checkpoint(path) -> dict:
-    """A checkpoint of this project: a dict of `kind`, `config`, `model` and more.
+    """A checkpoint of this project: a dict of `kind`, `config`, `model` (a state dict) and more.
 
     Raises UserError if the file holds anything else."""
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
+    if "model" not in checkpoint and any(torch.is_tensor(each) for each in checkpoint.values()):
+        how = "act.Student(config).load_state_dict(torch.load(path)) loads it"
+        raise UserError(f"{path}: expected a checkpoint, got a bare state dict: {how}")
     for name, kind in (("kind", str), ("config", dict), ("model", dict)):
         if not isinstance(checkpoint.get(name), kind):
             found = ", ".join(str(key) for key in list(checkpoint)[:3])
             raise UserError(f"{path}: expected a checkpoint with a {name}, got {found}")
-    return checkpoint
+    return checkpoint | {"model": without_wrappers(checkpoint["model"])}
 
 
 def load(path, device="cpu") -> nn.Module:

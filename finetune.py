@@ -1,29 +1,30 @@
 """A class for each cloud (Sec. 5): what a pretrained encoder is worth. Needs no data set.
 
-    python finetune.py                                  # full fine-tuning, after train_student.py
-    python finetune.py --protocol linear                # the encoder frozen; mlp3: a larger head
-    python finetune.py --checkpoint none                # from scratch, for comparison
-    python finetune.py --task fewshot --way 5 --shot 10 # ten episodes, mean and deviation
-    python finetune.py --task svm                       # a linear SVM on frozen features
+    python finetune.py                        # full fine-tuning, after train_student.py
+    python finetune.py --protocol linear      # the encoder frozen; mlp3: a larger head
+    python finetune.py --checkpoint none      # from scratch, for comparison
+    python finetune.py --task fewshot --way 5 --shot 10    # ten episodes, mean and deviation
+    python finetune.py --task svm             # a linear SVM on frozen features
     python finetune.py --data ScanObjectNN --checkpoint student.pth --size base   # as published
     torchrun --nproc_per_node=8 finetune.py --data ModelNet40 --vote 10 --size base
 
 --data is `synthetic` or a folder: own clouds in a sub-folder for each class, below train/ and test/
 if they are split, or a published set (ScanObjectNN, ModelNet40, pairs of .h5; Point-BERT's episodes
-for --task fewshot). --checkpoint is a student, our own or an official file.
-
-Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg. New tasks: util/transfer.py.
+for --task fewshot). --checkpoint is a student, our own or an official file. Leaves last.pt (for
+predict.py), metrics.jsonl, config.json, loss.svg, confusion.svg and a picture of six test clouds.
 """
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 import act
-from util import clouds, datasets, inference, metrics, run, transfer
+from util import clouds, datasets, inference, metrics, pictures, run, transfer
 
 # -- config ----------------------------------------------------------------------------------------
 PRESETS = {  # base: as published (Sec. 5, and Point-MAE's settings)
@@ -32,7 +33,7 @@ PRESETS = {  # base: as published (Sec. 5, and Point-MAE's settings)
         "small": dict(points=1024, epochs=50, batch_size=32, lr=5e-4),
         "base": dict(points=1024, epochs=300, batch_size=32, lr=5e-4),
     },
-    "fewshot": {  # tiny: its BatchNorm needs some 60 steps or more
+    "fewshot": {
         "tiny": dict(points=1024, epochs=60, batch_size=32, lr=5e-4),
         "small": dict(points=1024, epochs=50, batch_size=32, lr=5e-4),
         "base": dict(points=1024, epochs=150, batch_size=32, lr=5e-4),
@@ -42,11 +43,8 @@ PRESETS = {  # base: as published (Sec. 5, and Point-MAE's settings)
 FROZEN_LR = 1e-3  # instead, for the protocols that freeze the encoder
 QUERIES = 20  # test clouds per class of a few-shot episode
 FOLDS = 10  # few-shot episodes
-UNUSED = {  # task -> the flags that it does not use, and that are refused beside it
-    "classify": ["way", "shot", "features"],
-    "fewshot": ["features"],
-    "svm": ["protocol", "resume", "vote", "way", "shot"],
-}
+SHOWN = 6  # test clouds in the picture
+TRAINING = "protocol augment epochs steps batch_size lr weight_decay compile resume log_every vote"
 
 
 @dataclass
@@ -56,13 +54,14 @@ class Config(transfer.TransferConfig):
     way: int = run.flag(5, "fewshot: classes of an episode", "5, 10")
     shot: int = run.flag(10, "fewshot: training clouds per class of an episode", "10, 20")
     features: str = run.flag("", "svm: an .npz for the features (n, 2 C)")
+    unused: ClassVar[dict] = {
+        "classify": ["way", "shot", "features"],
+        "fewshot": ["features"],
+        "svm": TRAINING.split() + ["way", "shot"],
+    }
 
     def __post_init__(self):
         super().__post_init__()
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in UNUSED.get(self.task, []) and value != field.default:
-                raise act.UserError(f"--{field.name}: expected none for {self.task}, got {value}")
         if self.protocol != "full" and self.lr is None:
             self.lr = FROZEN_LR
 
@@ -70,62 +69,57 @@ class Config(transfer.TransferConfig):
 def settle(config, given, data, source):
     """The config with --points and --augment, which depend on the data (None: published ones)."""
     scanned = data is not None and data.name.startswith("ScanObjectNN")
+    points = config.points
     if given.points is None and config.task == "svm" and source is not None:
-        config = replace(config, points=source.config.points)
+        points = source.config.points
     elif given.points is None and scanned and config.size != "tiny":
-        config = replace(config, points=2048)  # as published
-    turned = config.task == "classify" and (scanned or config.data == "synthetic")
-    if config.augment == "auto":
-        config = replace(config, augment="rotate" if turned else "scale_translate")
-    return config
+        points = 2048  # as published
+    augment = config.augment
+    if augment == "auto" and config.task != "svm":
+        turned = config.task == "classify" and (scanned or config.data == "synthetic")
+        augment = "rotate" if turned else "scale_translate"
+    return replace(config, points=points, augment=augment)
 
 
 # -- classification --------------------------------------------------------------------------------
 class Classification(transfer.Task):
     """A class for each cloud."""
 
-    metric = "accuracy"
-
     def __init__(self, config, data, sizes, device):
+        transfer.check_labels(config, np.bincount(data.train.labels))
         for split in (data.train, data.test):
             clouds.check_sizes(split, sizes["num_group"], sizes["group_size"], config.points)
         self.config = config
         self.device = device
         self.train = clouds.subsample(run.place(data.train, device), config.points, device)
         self.test = clouds.subsample(run.place(data.test, device), config.points, device)
-        self.names = self.train.names
+        self.names = data.train.identities()
         self.classes = self.train.classes
         self.sizes = act.ClassifierConfig(**sizes, num_classes=len(self.classes))
         self.sizes.normalized = self.train.normalized
         self.sizes.class_names = self.classes
         if config.protocol == "linear":
             self.sizes.head = "linear"
+        if config.task == "classify":
+            self.metric = "accuracy"
 
     def build_model(self):
-        return act.Classifier(self.sizes)
+        model = act.Classifier(self.sizes)
+        if self.config.task == "svm":
+            del model.head  # the features are the encoder's
+        return model
 
     def sample(self, indices, step, generator):
         xyz, _ = self.train.sample(indices, self.config.points, generator)
         return xyz, self.train.labels[indices.to(self.device)], None
 
-    def augment(self, xyz, generator):
-        """Turned about the vertical axis, y; or each axis scaled, then all moved (B, N, 3)."""
-        if self.config.augment == "rotate":
-            return clouds.rotate_y(xyz, generator)
-        if self.config.augment == "scale_translate":
-            return clouds.scale_translate(xyz, generator)
-        return xyz
-
     def evaluate(self, model):
         """Accuracy by the farthest points of each test cloud."""
         model.eval()
         logits = torch.stack(clouds.each_cloud(model, self.test, self.config.points))
-        self.matrix = self.counts(logits)
+        self.predicted = logits.argmax(dim=1)
+        self.matrix = metrics.confusion(self.test.labels, self.predicted, len(self.classes))
         return metrics.accuracy(self.matrix)
-
-    def counts(self, logits):
-        """Logits (test clouds, classes) -> counts (classes, classes), see metrics.confusion."""
-        return metrics.confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
 
     @torch.no_grad()
     def vote(self, model):
@@ -137,24 +131,32 @@ class Classification(transfer.Task):
                 generator = run.seeded(self.device, self.config.seed, "vote", i, int(indices[0]))
                 xyz, _ = self.test.sample(indices, self.config.points, generator)
                 logits[indices] += model(self.augment(xyz, generator)).float().cpu()
-        return metrics.accuracy(self.counts(logits))
+        matrix = metrics.confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
+        return metrics.accuracy(matrix)
 
     def finish(self, model, folder):
         if self.config.task == "classify":
             metrics.print_table(self.matrix, self.classes)
+            metrics.write_confusion(folder / "confusion.svg", self.matrix, self.classes)
+            self.write_picture(folder)
         closing = {}
         if self.config.vote:
             closing = {f"vote_{name}": value for name, value in self.vote(model).items()}
         return closing | {"confusion": self.matrix.tolist()}
 
+    def write_picture(self, folder):
+        """Some test clouds, in the colour of the true and of the predicted class."""
+        shown = {}
+        for i in range(0, len(self.test), math.ceil(len(self.test) / SHOWN)):
+            truth = int(self.test.labels[i])
+            predicted = int(self.predicted[i])
+            name = f"{self.test.names[i]} ({self.classes[truth]}: {self.classes[predicted]})"
+            shown[name] = (clouds.normalize(self.test[i].cpu()), truth, predicted)
+        colors = pictures.palette(len(self.classes))
+        transfer.write_examples(folder / "classify", shown, colors)
 
-class Episode(Classification):
-    """Classification of a few-shot episode, evaluated after the last epoch only."""
 
-    metric = ""
-
-
-TASKS = {"classify": Classification, "fewshot": Episode, "svm": Classification}
+TASKS = {"classify": Classification, "fewshot": Classification, "svm": Classification}
 
 
 # -- few-shot --------------------------------------------------------------------------------------
@@ -164,9 +166,11 @@ def draw_episode(data, way, shot, fold):
     support = data.train.labels.bincount(minlength=num_classes)
     query = data.test.labels.bincount(minlength=num_classes)
     enough = np.flatnonzero((support >= shot) & (query > 0))
-    if not 2 <= way <= len(enough) or shot == 0:
-        expected = "expected 2 or more classes of so many training clouds and a test cloud"
-        raise act.UserError(f"--way {way} --shot {shot}: {expected}, got {len(enough)}")
+    if shot == 0:
+        raise act.UserError("--shot 0: expected 1 or more")
+    if not 2 <= way <= len(enough):
+        most = f"the {len(enough)} classes of {shot} training clouds and a test cloud"
+        raise act.UserError(f"--way {way} --shot {shot}: expected 2 or more, and at most {most}")
     rng = np.random.default_rng([way, shot, fold])
     chosen = rng.permutation(enough)[:way].tolist()
     train = draw_clouds(data.train, chosen, shot, rng)
@@ -176,28 +180,32 @@ def draw_episode(data, way, shot, fold):
 
 def draw_clouds(split, chosen, count, rng):
     """Up to `count` clouds of each class in `chosen`, whose labels become 0, 1, ... in turn."""
-    drawn = []
-    labels = []
-    for label, c in enumerate(chosen):
-        indices = rng.permutation(np.flatnonzero(split.labels == c))[:count]
-        drawn.append(indices)
-        labels += [label] * len(indices)
+    drawn = [rng.permutation(np.flatnonzero(split.labels == c))[:count] for c in chosen]
+    labels = np.repeat(np.arange(len(chosen)), list(map(len, drawn)))
     classes = [split.classes[c] for c in chosen]
     selected = split.select(np.concatenate(drawn))
-    return replace(selected, labels=torch.tensor(labels), classes=classes)
+    return replace(selected, labels=torch.from_numpy(labels), classes=classes)
+
+
+def open_episodes(config, data):
+    """The Dataset of each fold, drawn from `data`, or if that is None from published files."""
+    episodes = []
+    for fold in range(FOLDS):
+        if data is None:
+            path = Path(config.data, f"{config.way}way_{config.shot}shot", f"{fold}.pkl")
+            splits = datasets.read_episode(path, config.way)
+            episodes.append(datasets.Dataset(path.name, *splits))
+        else:
+            episodes.append(draw_episode(data, config.way, config.shot, fold))
+    return episodes
 
 
 def fewshot(config, data, sizes, source, device):
-    """A run for each fold in --out/fold_<k>; the mean and deviation of their last accuracies.
-    Episodes are drawn from `data`, or where that is None read from published files."""
+    """A run for each fold in --out/fold_<k>; the mean and deviation of their last accuracies."""
     accuracies = []
-    for fold in range(FOLDS):
+    for fold, episode in enumerate(open_episodes(config, data)):
         fold_config = replace(config, out=f"{config.out}/fold_{fold}")
-        if data is not None:
-            episode = draw_episode(data, config.way, config.shot, fold)
-        else:
-            path = Path(config.data, f"{config.way}way_{config.shot}shot", f"{fold}.pkl")
-            episode = datasets.Dataset(path.name, *datasets.read_episode(path, config.way))
+        print(f"fold {fold}, {fold + 1} of {FOLDS}: {', '.join(episode.train.classes)}")
         task = TASKS[config.task](fold_config, episode, sizes, device)
         log = transfer.train(fold_config, task, source, device)
         accuracies.append(log.rows[-1].get("accuracy"))  # None but on the first process
@@ -211,9 +219,11 @@ def fewshot(config, data, sizes, source, device):
 # -- linear SVM ------------------------------------------------------------------------------------
 def svm(config, data, sizes, source, device):
     """A linear SVM on the frozen features of all training clouds."""
+    if not Path(config.features).parent.is_dir():
+        raise act.UserError(f"--features {config.features}: expected a folder that exists")
     task = TASKS[config.task](config, data, sizes, device)
     torch.manual_seed(config.seed)
-    model = transfer.start_model(config, task.build_model(), source, device).eval()
+    model = transfer.start_model(config, task.build_model(), source).to(device).eval()
     log, _ = run.begin(config, model, None, task.names)
     feature = partial(inference.cloud_feature, model)
     train = torch.stack(clouds.each_cloud(feature, task.train, config.points))  # (n, 2 C)
@@ -234,7 +244,9 @@ def open_data(config):
     if config.task == "fewshot" and any(Path(config.data).glob("*way_*shot")):
         print(f"{config.data}: published episodes")
         return None
-    data = datasets.open_dataset(config.data, config.cache or None, config.variant, config.area)
+    data = datasets.open_dataset(
+        config.data, config.cache or None, config.variant, config.area, config.drop_invalid
+    )
     print(datasets.describe(data))
     if data.train.labels is None:
         raise act.UserError(f"{config.data}: expected a sub-folder for each class, got no classes")
@@ -250,8 +262,7 @@ def main(given):
     data = open_data(preset)
     config = settle(preset, given, data, source)
     sizes = transfer.encoder_sizes(config, source, given.size)
-    settings = f"{config.precision}, size {config.size}, augmentation {config.augment}"
-    print(f"{config.task} on {device} x {run.WORLD}, {settings}")
+    print(f"{transfer.describe(config)}, on {device} x {run.WORLD}")
 
     # -- model, optimizer, loop, results
     if config.task == "fewshot":
@@ -263,4 +274,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    run.run_command(main, Config, __doc__)
+    run.run_command(main, Config, __doc__, PRESETS)

@@ -29,6 +29,8 @@ import act
 from util import clouds, datasets, detector, files, inference, pictures, run
 from util.run import flag
 
+WIDEST = 200  # metres that a room may be wide
+
 
 # -- config ----------------------------------------------------------------------------------------
 @dataclass
@@ -39,6 +41,7 @@ class Config:
     out: str = flag("runs/predict", "folder of the results")
     category: str = flag("", "what a Segmenter finds the parts of (default: the folder's name)")
     points: int = flag(None, "points taken of a cloud (default: as in training)", None, int)
+    drop_invalid: bool = flag(False, "leave out points that are not finite, else an error")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
 
@@ -112,7 +115,7 @@ def folder_label(file, names):
 def predict_class(config, model, file, target):
     """The Prediction of a file; prints it, the two likeliest classes. Writes nothing."""
     c = model.config
-    xyz = files.read_cloud(file, c.points, c.normalized)  # (n, 3) float32
+    xyz = files.read_cloud(file, c.points, c.normalized, config.drop_invalid)  # (n, 3) float32
     if len(np.unique(xyz, axis=0)) < c.num_group:
         raise act.UserError(f"{file}: expected {c.num_group} different points, got fewer")
     feature = inference.cloud_feature(model, torch.from_numpy(xyz[None]))
@@ -123,7 +126,7 @@ def predict_class(config, model, file, target):
         probability = model.head(feature)[0].softmax(dim=0).tolist()
     best = sorted(zip(probability, names, strict=True), reverse=True)[:2]
     shown = ", ".join(f"{name} {value:.3f}" for value, name in best)
-    print(f"{file}  {shown}", flush=True)
+    print(f"{file}  {shown}".rstrip(), flush=True)
     return Prediction(file, folder_label(file, names), feature[0].cpu().numpy(), probability)
 
 
@@ -145,11 +148,18 @@ def write_classes(path, predictions, names):
         if row.label >= 0:
             hits.append(best == row.label)
     inference.write_csv(path, table)
-    shown = f"accuracy {100 * np.mean(hits):.2f} % of {len(hits)}" if hits else "no"
-    print(f"{shown} clouds in class folders")
+    if hits:
+        print(f"accuracy {100 * np.mean(hits):.2f} % of {len(hits)} clouds in class folders")
 
 
 # -- labels of points, boxes -----------------------------------------------------------------------
+def warn_of_width(file, xyz):
+    """Says on stderr that a room is too wide to be in metres."""
+    width = np.ptp(xyz, axis=0).max()
+    if width > WIDEST:
+        print(f"{file}: {width:.0f} m wide: metres?", file=sys.stderr, flush=True)
+
+
 def find_category(config, c, file):
     """The index of a file's category, by --category or its folder; None for a model without."""
     if not c.num_categories:
@@ -162,7 +172,9 @@ def find_category(config, c, file):
 
 def predict_labels(config, model, file, target):
     """A label for each point of a file, as .npz and coloured .ply; their names as labels.csv."""
-    xyz = files.read_points(file)
+    xyz = files.read_points(file, config.drop_invalid)
+    if not model.config.normalized:
+        warn_of_width(file, xyz)
     labels = inference.label_points(model, xyz, find_category(config, model.config, file))
     names, colors = inference.write_legend(Path(config.out, "labels.csv"), model.config)
     np.savez(f"{target}.npz", points=xyz, labels=labels, label_names=names)
@@ -175,7 +187,8 @@ def predict_labels(config, model, file, target):
 def predict_boxes(config, model, file, target):
     """The boxes in a room, in a printed table and a .ply."""
     names = model.config.class_names
-    xyz = files.read_points(file)
+    xyz = files.read_points(file, config.drop_invalid)
+    warn_of_width(file, xyz)
     low = xyz.min(axis=0)  # subtracted in float64: coordinates may be large
     scene = clouds.Scene("", np.float32(xyz - low), np.zeros((0, 6)), np.zeros(0))
     boxes, scores = detector.find_boxes(model, [scene])[0]
@@ -183,7 +196,8 @@ def predict_boxes(config, model, file, target):
     shown = best > detector.SCORE_THRESHOLD
     boxes = boxes[shown].numpy() + np.append(low, [0, 0, 0])
     labels = labels[shown].tolist()
-    print(f"{file}: {len(xyz)} points, {np.ptp(xyz, axis=0)} m, {len(boxes)} boxes")
+    size = " x ".join(f"{length:.2f}" for length in np.ptp(xyz, axis=0))
+    print(f"{file}: {len(xyz)} points, {size} m, {len(boxes)} boxes")
     for box, label, score in zip(boxes.round(2), labels, best[shown].tolist(), strict=True):
         print(f"  {names[label]:16}{score:.2f}  center {box[:3]}  size {box[3:]}", flush=True)
     points, colors = detector.outline(xyz, boxes, pictures.palette(len(names))[labels])
@@ -198,10 +212,12 @@ def main(config):
     if config.points is not None:
         c.num_group = max(1, config.points * c.num_group // c.points)  # as many points to a patch
         c.points = config.points
-    try:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise act.UserError(f"--out: expected a folder to write to, got {error}") from error
+    has_folder = not isinstance(model, act.Student)  # A Student has --features alone.
+    if has_folder:
+        try:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise act.UserError(f"--out: expected a folder to write to, got {error}") from error
 
     predictors = {act.Segmenter: predict_labels, detector.Detector: predict_boxes}
     predict = predictors.get(type(model), predict_class)
@@ -210,6 +226,8 @@ def main(config):
     results = []
     for path in paths:
         try:
+            if path.is_dir():
+                raise act.UserError(f"{path}: expected files {' '.join(files.READERS)}, got none")
             results.append(predict(config, model, path, targets[path]))
         except (act.UserError, OSError) as error:  # OSError: its results can't be written
             print(error, file=sys.stderr, flush=True)
@@ -219,9 +237,11 @@ def main(config):
         write_features(config.features, results, names)
     if results and isinstance(model, act.Classifier):
         write_classes(Path(config.out, "predictions.csv"), results, names)
-    print(f"results in {config.out}")
+    if results and has_folder:
+        print(f"results in {config.out}")
     if len(results) < len(paths):
-        raise act.UserError(f"expected {len(paths)} readable files, got {len(results)}")
+        broken = len(paths) - len(results)
+        raise act.UserError(f"expected files that can be read, got {broken} of {len(paths)} broken")
 
 
 if __name__ == "__main__":

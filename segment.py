@@ -13,20 +13,22 @@
     own labels    train/*, test/* (.npy .txt): x y z ... label, classes.txt: names; --task parts, or
                   scene: in metres, z up
 
-Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture, labels.csv.
+Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture and its colours,
+labels.csv.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 import act
-from util import clouds, datasets, inference, metrics, pictures, run, transfer
+from util import clouds, datasets, inference, metrics, run, transfer
 
 # -- config ----------------------------------------------------------------------------------------
-PRESETS = {  # base: as published (Sec. 5); tiny's BatchNorm needs some 60 steps
+PRESETS = {  # base: as published (Sec. 5)
     "parts": {
         "tiny": dict(points=1024, epochs=3, batch_size=16, lr=2e-4),
         "small": dict(points=2048, epochs=30, batch_size=16, lr=2e-4),
@@ -45,11 +47,10 @@ SHOWN_POINTS = 30_000  # at most, of each of them
 @dataclass
 class Config(transfer.TransferConfig):
     task: str = run.flag("parts", "what is labelled", choices=("parts", "scene"))
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.protocol != "full":
-            raise act.UserError(f"--protocol: expected full for {self.task}, got {self.protocol}")
+    unused: ClassVar[dict] = {
+        "parts": ["protocol", "variant", "area", "drop_invalid"],
+        "scene": ["protocol", "variant", "cache", "drop_invalid"],
+    }
 
 
 # -- tasks -----------------------------------------------------------------------------------------
@@ -59,16 +60,19 @@ class Segmentation(transfer.Task):
     def build_model(self):
         return act.Segmenter(self.sizes)
 
-    def turn(self, xyz, generator):
-        return clouds.rotate_y(xyz, generator)
+    def move(self, xyz, generator):
+        return clouds.scale_translate(xyz, generator, (0.8, 1.25), 0.1, per_axis=False)
 
-    def augment(self, xyz, generator):
-        """Each cloud turned, or scaled and moved, its proportions kept (Sec. 5)."""
-        if self.config.augment == "none":
-            return xyz
-        if self.config.augment == "rotate":
-            return self.turn(xyz, generator)
-        return clouds.scale_translate(xyz, generator, scale=(0.8, 1.25), shift=0.1, per_axis=False)
+    def count_labels(self, train, test):
+        """Labels (n,) of all points -> how many of `train` are 0, 1, ..., (parts,) int64. Sets
+        `absent`, (parts,) bool: the labels of no cloud count in no mean."""
+        count = np.bincount(train, minlength=self.sizes.num_parts)
+        transfer.check_labels(self.config, count)
+        self.absent = torch.from_numpy(count + np.bincount(test, minlength=len(count)) == 0)
+        names = np.array(inference.label_names(self.sizes))[self.absent]
+        if len(names):
+            print(f"in no cloud, and so in no mean: {', '.join(names)}")
+        return count
 
     def evaluate(self, model):
         """Accuracy over all test points. Keeps each cloud's counts, and a few clouds to show."""
@@ -84,28 +88,21 @@ class Segmentation(transfer.Task):
     def finish(self, model, folder):
         """Writes picture and legend; each label's IoU, unless labels are of categories."""
         names, colors = inference.write_legend(folder / "labels.csv", model.config)
-        self.write_picture(folder, names, colors)
+        hidden = [i for i, name in enumerate(names) if name in ("ceiling", "wall")]
+        shown = {}
+        for name, (xyz, truth, predicted) in self.shown.items():
+            seen = np.flatnonzero(~np.isin(truth, hidden))[:: len(xyz) // SHOWN_POINTS + 1]
+            shown[name] = (xyz[seen], truth[seen], predicted[seen])
+        transfer.write_examples(folder / self.config.task, shown, colors / 255)
         if self.sizes.num_categories:
             return {}
         matrix = sum(self.matrices)
         metrics.print_table(matrix, names)
-        each = metrics.iou(matrix)
+        each = metrics.iou(matrix).masked_fill(self.absent, math.nan)
         values = {}
         for name, value in zip(names, each.tolist(), strict=True):
             values[f"iou_{name}"] = None if math.isnan(value) else value  # JSON knows no NaN
         return values | {"miou": each.nanmean().item()}
-
-    def write_picture(self, folder, names, colors):
-        """Truth and prediction of some clouds, without what hides a room."""
-        hidden = [i for i, name in enumerate(names) if name in ("ceiling", "wall")]
-        rows = []
-        for xyz, truth, predicted in self.shown.values():
-            seen = np.flatnonzero(~np.isin(truth, hidden))[:: len(xyz) // SHOWN_POINTS + 1]
-            rows.append([(xyz[seen], colors[of[seen]] / 255) for of in (truth, predicted)])
-        task = self.config.task
-        pictures.write_gallery(folder / task, rows, columns=4)
-        shown = ", ".join(self.shown)
-        print(f"{task}.png: truth and prediction of {shown}; its colours: labels.csv")
 
 
 class Parts(Segmentation):
@@ -120,7 +117,7 @@ class Parts(Segmentation):
         self.device = device
         self.train = data.train.to(device)
         self.test = data.test.to(device)
-        self.names = data.train.names
+        self.names = data.train.identities()
         self.categories = data.train.classes
         ranges = data.train.part_ranges
         self.sizes = act.SegmenterConfig(**sizes, num_categories=len(self.categories))
@@ -131,6 +128,7 @@ class Parts(Segmentation):
             self.sizes.part_ranges = [list(pair) for pair in ranges]
             self.test_labels = data.test.labels.cpu()
         self.test_ranges = [ranges[label] for label in self.test_labels.tolist()]
+        self.count_labels(data.train.parts.cpu(), data.test.parts.cpu())
 
     def sample(self, indices, step, generator):
         return self.draw(self.train, indices, generator)
@@ -160,11 +158,12 @@ class Parts(Segmentation):
                 yield self.test.names[i], xyz[row].cpu().numpy(), truth[row].cpu(), predicted
 
     def evaluate(self, model):
-        """Also the mean IoU of clouds' parts: mean over clouds, and of categories' means."""
+        """Also the mean IoU of clouds' parts, over clouds and over categories' means."""
         values = super().evaluate(model)
         each = []
         for matrix, (first, end) in zip(self.matrices, self.test_ranges, strict=True):
-            each.append(metrics.iou(matrix)[first:end].nan_to_num(100.0).mean())  # absent: 100
+            iou = metrics.iou(matrix).nan_to_num(100.0)  # a part that this cloud has not: 100
+            each.append(iou.masked_fill(self.absent, math.nan)[first:end].nanmean())
         each = torch.stack(each)  # (test clouds,)
         labels = self.test_labels
         by_category = [each[labels == label].mean() for label in labels.unique()]
@@ -186,9 +185,8 @@ def sample_block(room, num_points, rng):
     raise act.UserError(f"{room.name}: {expected}")
 
 
-def class_weights(rooms, num_classes):
+def class_weights(count):
     """(most frequent class's points / a class's)^(1/3), as published: (classes,) float32."""
-    count = np.bincount(np.concatenate([room.labels for room in rooms]), minlength=num_classes)
     return torch.from_numpy((count.max() / np.maximum(count, 1)) ** (1 / 3)).float()
 
 
@@ -202,15 +200,20 @@ class Scenes(Segmentation):
         self.device = device
         self.test = data.test
         self.train = []
+        self.names = []
         for room in data.train:
             order = room.xyz[:, 0].argsort(kind="stable")
             room = room._replace(xyz=room.xyz[order], labels=room.labels[order])
-            self.train += [room] * max(1, len(order) // config.points)  # all its points
-        self.names = [f"{room.name}#{i}" for i, room in enumerate(self.train)]
+            repeats = max(1, len(order) // config.points)  # so that all its points are seen
+            self.train += [room] * repeats
+            content = f"{len(order)} {room.xyz[[0, -1]].tobytes().hex()} {room.labels.sum()}"
+            self.names += [f"{room.name} {content}"] * repeats
         self.sizes = act.SegmenterConfig(**sizes, normalized=False, num_categories=0)
         self.sizes.num_parts = len(data.classes)
         self.sizes.class_names = data.classes
-        self.loss_weight = class_weights(data.train, len(data.classes)).to(device)
+        train = np.concatenate([room.labels for room in data.train])
+        test = np.concatenate([room.labels for room in data.test])
+        self.loss_weight = class_weights(self.count_labels(train, test)).to(device)
 
     def turn(self, xyz, generator):
         return clouds.rotate_y(xyz[..., [1, 2, 0]], generator)[..., [2, 0, 1]]  # y up and back
@@ -247,11 +250,10 @@ def main(config):
     else:
         data = datasets.open_parts(config.data, config.cache or None)
     print(datasets.describe(data))
-    settings = f"{config.precision}, size {config.size}, augmentation {config.augment}"
-    print(f"{config.task} on {device} x {run.WORLD}, {settings}")
+    print(f"{transfer.describe(config)}, on {device} x {run.WORLD}")
     sizes = transfer.encoder_sizes(config, source, given_size)
     transfer.train(config, TASKS[config.task](config, data, sizes, device), source, device)
 
 
 if __name__ == "__main__":
-    run.run_command(main, Config, __doc__)
+    run.run_command(main, Config, __doc__, PRESETS)

@@ -4,7 +4,7 @@
     python train_student.py --target coordinates  # Point-MAE, all else equal; no teacher
     python train_student.py --data my_clouds --size base --init official.pth
     python train_student.py --data ShapeNet55 --size base  # as published
-    torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base  # on eight GPUs
+    torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base  # on eight
 
 Leaves last.pt, metrics.jsonl, loss.svg, features and reconstruction in --out.
 """
@@ -28,7 +28,7 @@ class FixedTeacher:
 
     def __init__(self, path, device):
         if not Path(path).is_file():
-            raise act.UserError(f"{path}: no such --teacher; run train_teacher.py first")
+            raise act.UserError(f"{path}: expected a teacher's file; run train_teacher.py first")
         self.model = run.load_model(path, device, act.Teacher).requires_grad_(False)
         self.prompts = self.model.prompt_keys_values()
 
@@ -49,7 +49,7 @@ def features_loss(prediction, neighborhood, center, masked, teacher, kind):
 
 
 def backbone_loss(prediction, neighborhood, center, masked, teacher, kind):
-    """The backbone's normed tokens, before the part of the teacher that is trained on points."""
+    """The backbone's normed tokens, before what is trained on points."""
     tokens = act.gather_points(teacher.backbone_tokens(neighborhood, center), masked)
     return act.distillation_loss(prediction, tokens, kind)
 
@@ -82,7 +82,9 @@ TARGETS = {
         backbone_loss, lambda teacher, student: teacher.backbone.width, has_points=False
     ),
     "codes": Target(codes_loss, lambda teacher, student: teacher.num_tokens, has_points=False),
-    "coordinates": Target(coordinates_loss, lambda teacher, student: 3 * student.group_size, False),
+    "coordinates": Target(
+        coordinates_loss, lambda teacher, student: 3 * student.group_size, needs_teacher=False
+    ),
 }
 # A further mask is a function (center, ratio, generator) -> (B, G) bool and a row here.
 MASKS = {"random": act.random_mask, "block": act.block_mask}
@@ -116,7 +118,7 @@ def draw_patches(xyz, config, c, step, share):
 
     The mask is drawn for the whole batch, whatever the number of processes."""
     generator = run.seeded("cpu", config.seed, "mask", step)
-    if config.mask == "random":  # needs only the shape (B, G, 3): each process groups its share
+    if config.mask == "random":  # needs the shape alone: each process groups its share
         mask = act.random_mask(xyz[:, : c.num_group], config.mask_ratio, generator)
         neighborhood, center = act.group_points(xyz[share], c.num_group, c.group_size)
         return neighborhood, center, mask[share]
@@ -128,18 +130,18 @@ def draw_patches(xyz, config, c, step, share):
 # -- model ----------------------------------------------------------------------------------------
 def student_config(config, source, teacher, normalized):
     """Sizes of --size, or of the model of --init; then --set. Patches are the teacher's."""
-    c = None
     sizes = act.StudentConfig(**run.ENCODER_SIZES[config.size])
     if source is not None:
         sizes = source.config
-    names = PATCHES + SIZES
+    sizes = run.override(sizes, config.set, PATCHES + SIZES)
+    c = None
     if teacher is not None:
         c = teacher.model.config
+        if any(pair.startswith(tuple(PATCHES)) for pair in config.set):
+            raise act.UserError(f"--set {' '.join(config.set)}: expected the teacher's patches")
         if config.target == "backbone" and c.backbone is None:
-            raise act.UserError(f"{config.teacher}: expected a teacher with a backbone, got none")
+            raise act.UserError(f"{config.teacher}: expected a teacher with a backbone")
         sizes = replace(sizes, num_group=c.num_group, group_size=c.group_size)
-        names = SIZES
-    sizes = run.override(sizes, config.set, names)
     dim = TARGETS[config.target].dim(c, sizes)
     return replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
 
@@ -148,16 +150,15 @@ def load_matching(student, source, config):
     """Gives the student the encoder of `source` and all else of it that fits."""
     state = student.state_dict()
     given = source.state_dict()
-    new = []
-    for name, value in state.items():
-        if name in given and given[name].shape == value.shape:
-            state[name] = given[name]
-        else:
-            new.append(name)
+    fits = {}
+    for name, value in given.items():
+        if name in state and value.shape == state[name].shape:
+            fits[name] = value
+    new = [name for name in state if name not in fits]
     unfit = new + list(given.keys() - state.keys())
     if any(name.startswith("encoder.") for name in unfit):
         raise act.UserError(f"{config.init}: expected its encoder, got --set {config.set}")
-    student.load_state_dict(state)
+    student.load_state_dict(state | fits)
     print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
 
 
@@ -181,7 +182,8 @@ def svm_features(student, split, config):
     device = student.mask_token.device
     chosen = torch.linspace(0, len(split) - 1, min(len(split), 4000)).long()
     features = []
-    for i, indices in enumerate(chosen.split(64)):
+    batches = chosen.split(64)
+    for i, indices in enumerate(run.progress(batches, "features, in batches of 64 clouds")):
         generator = run.seeded(device, config.seed, "features", i)
         xyz, _ = split.sample(indices, config.points, generator)
         features.append(act.global_feature(student.eval().encode(xyz)))
@@ -189,8 +191,9 @@ def svm_features(student, split, config):
     return torch.cat(features), labels.to(device)
 
 
-def probe(student, train, test, config):
-    """Percent of test clouds labelled right by frozen features: linear SVM, nearest neighbours."""
+def probe(student, name, train, test, config):
+    """Percent of test clouds labelled right by frozen features: linear SVM, 5 neighbours."""
+    print(f"linear SVM on the features of the {name} student ...", flush=True)
     features = svm_features(student, train, config) + svm_features(student, test, config)
     return metrics.svm_accuracy(*features)[0], metrics.knn_accuracy(*features)
 
@@ -225,7 +228,8 @@ def write_reconstruction(student, teacher, xyz, config, path):
     seen = act.gather_points(neighborhood.flatten(2), visible)  # (B, V, 3 S)
     order = torch.cat([visible, masked], dim=1)
     patches = torch.cat([seen, prediction], dim=1).unflatten(2, (-1, 3))  # (B, G, S, 3)
-    points = (patches + act.gather_points(center, order)[:, :, None]).flatten(1, 2).cpu().numpy()
+    points = patches + act.gather_points(center, order)[:, :, None]
+    points = points.flatten(1, 2).cpu().numpy()  # (B, G S, 3)
     n = seen[0].numel() // 3  # visible points of a cloud
     colors = pictures.palette(2).repeat([n, points.shape[1] - n], axis=0)
     rows = []
@@ -250,18 +254,20 @@ def main(config):
     predicts_features = config.target in ("teacher", "backbone")
     if config.loss and not predicts_features:
         raise act.UserError(f"--loss {config.loss}: expected --target teacher or backbone")
-    if predicts_features and not config.loss:
-        config = replace(config, loss="cosine")
+    if predicts_features:
+        config = replace(config, loss=config.loss or "cosine")
 
     # -- data
-    dataset = datasets.open_dataset(config.data, config.cache or None, config.variant, config.area)
+    dataset = datasets.open_dataset(
+        config.data, config.cache or None, config.variant, config.area, config.drop_invalid
+    )
     print(datasets.describe(dataset))
-    train = dataset.train
+    train = dataset.everything or dataset.train
     test = dataset.test
     if dataset.everything:
-        train = dataset.everything
         print(f"pretraining on all {len(train)} clouds, the test set's too, without labels")
     config = run.plan(config, len(train))
+    identities = train.identities()
 
     # -- model
     target = TARGETS[config.target]
@@ -287,7 +293,7 @@ def main(config):
     # -- optimizer, resume
     optimizer = run.adamw(student, config.lr, config.weight_decay)
     net = run.parallel(student, config)
-    log, _ = run.begin(config, student, optimizer, train.names)
+    log, _ = run.begin(config, student, optimizer, identities)
 
     # -- loop
     norms = run.new_norms(net, log.step)
@@ -331,9 +337,8 @@ def main(config):
         log.close()
         print("no linear SVM, which takes training clouds of two classes")
         return
-    print("features of all clouds for a linear SVM ...", flush=True)
-    before = probe(untrained, dataset.train, test, config)
-    after = probe(student, dataset.train, test, config)
+    before = probe(untrained, "untrained", dataset.train, test, config)
+    after = probe(student, "trained", dataset.train, test, config)
     svms = dict(svm_untrained=before[0], svm_trained=after[0])
     log.close(**svms, knn_untrained=before[1], knn_trained=after[1])
     text = f"{before[0]:.1f} % untrained -> {after[0]:.1f} % trained"
@@ -342,4 +347,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run.run_command(main, Config, __doc__)
+    run.run_command(main, Config, __doc__, PRESETS)

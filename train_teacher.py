@@ -1,9 +1,9 @@
 """Stage I (Sec. 4.1): a frozen pretrained Transformer becomes a 3D autoencoder, the teacher.
 
-    python train_teacher.py                                # synthetic shapes, minutes on two cores
-    python train_teacher.py --data my_clouds --out runs/mine                       # your own clouds
-    python train_teacher.py --data ShapeNet55 --size base           # the published run, on one GPU
-    torchrun --nproc_per_node=8 train_teacher.py --data ShapeNet55 --size base           # on eight
+    python train_teacher.py  # synthetic shapes, minutes on two cores
+    python train_teacher.py --data my_clouds --out runs/mine  # your own clouds
+    python train_teacher.py --data ShapeNet55 --size base  # the published run, on one GPU
+    torchrun --nproc_per_node=8 train_teacher.py --data ShapeNet55 --size base  # on eight
 
 Leaves last.pt, metrics.jsonl, config.json, reconstruction.png and .ply, and loss.svg in --out.
 """
@@ -29,15 +29,9 @@ BACKBONES = {  # the public weights of --weights auto, and the width of a random
     "small": ("vit_small_patch16_384", 384),
     "base": ("vit_base_patch16_384", 768),
 }
+DIMS = ("encoder_dims", "tokens_dims", "decoder_dims")
 TEACHERS = {  # what differs from the paper's sizes
-    "tiny": dict(
-        num_group=32,
-        encoder_dims=192,
-        tokens_dims=192,
-        decoder_dims=192,
-        num_tokens=512,
-        num_prompt=16,
-    ),
+    "tiny": dict.fromkeys(DIMS, 192) | dict(num_group=32, num_tokens=512, num_prompt=16),
     "small": dict(num_tokens=2048, num_prompt=32),
     "base": dict(),
 }
@@ -69,8 +63,9 @@ def open_backbone(source, name, width):
     if source == "auto":
         try:
             return weights.load_pretrained(name), name
-        except act.UserError as error:
-            print(f"NO PRETRAINED WEIGHTS: THE BACKBONE IS RANDOM. {error}")
+        except act.UserError as error:  # whose message has the file's long name twice
+            reason = error.__cause__ or error
+            print(f"THE BACKBONE IS RANDOM: the weights {name} could not be fetched ({reason})")
     sizes = act.BackboneConfig(width=width, num_heads=width // 64, mlp_hidden=4 * width)
     return act.Backbone(sizes), "random"
 
@@ -80,17 +75,18 @@ def build_teacher(config, device):
     if config.init:
         given = (config.weights, config.prompt, config.tune)
         if config.set or given != ("auto", "deep", "prompts"):
-            raise act.UserError(
-                "--init: expected no --set, --weights, --prompt or --tune beside it"
-            )
+            beside = "--set, --weights, --prompt or --tune"
+            raise act.UserError(f"--init {config.init}: expected no {beside} beside it")
         return run.load_model(config.init, device, act.Teacher)
     name, width = BACKBONES[config.size]
     backbone, source = open_backbone(config.weights, name, width)
     sizes = act.TeacherConfig(weights=source, **TEACHERS[config.size])
-    if backbone is None:
-        sizes = replace(sizes, backbone=None, prompt="none", tune=config.tune)
-    else:
+    if backbone is not None:
         sizes = replace(sizes, prompt=config.prompt, tune=config.tune)
+    elif config.prompt == "shallow" or config.tune == "full":
+        raise act.UserError("--weights none: expected no --prompt shallow and no --tune full")
+    else:
+        sizes = replace(sizes, backbone=None, prompt="none")
     sizes = run.override(sizes, config.set, SET)
     torch.manual_seed(config.seed)
     return act.Teacher(sizes, backbone).to(device)
@@ -189,14 +185,10 @@ def whole(patches, center):
 
 
 def compare(cloud, xyz):
-    """CD-L1, CD-L2 and F-score at 0.01 of (B, N, 3) to xyz (B, N2, 3), as act has them, by name."""
-    to_xyz = act.knn(cloud, xyz, 1)[0]  # (B, N, 1) squared distances
-    to_cloud = act.knn(xyz, cloud, 1)[0]  # (B, M, 1)
-    precision = (to_xyz.sqrt() < 0.01).float().mean(dim=(1, 2))
-    recall = (to_cloud.sqrt() < 0.01).float().mean(dim=(1, 2))
-    fscore = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
-    cd_l1 = (to_xyz.sqrt().mean() + to_cloud.sqrt().mean()) / 2
-    return dict(cd_l1=cd_l1, cd_l2=to_xyz.mean() + to_cloud.mean(), fscore=fscore.mean())
+    """CD-L1, CD-L2 and F-score at 0.01 of (B, N, 3) to xyz (B, N2, 3), by name."""
+    cd_l1 = act.chamfer_distance(cloud, xyz, norm=1)
+    cd_l2 = act.chamfer_distance(cloud, xyz, norm=2)
+    return dict(cd_l1=cd_l1, cd_l2=cd_l2, fscore=act.fscore(cloud, xyz).mean())
 
 
 @torch.no_grad()
@@ -237,15 +229,12 @@ def write_picture(teacher, test, config, path):
     generator = run.seeded(teacher.codebook.device, config.seed, "picture")
     xyz, _ = test.sample(chosen, config.points, generator)
     output = teacher.eval()(xyz, hard=True)
-    patches = whole(output.neighborhood, output.center).cpu().numpy()
-    coarse = whole(output.coarse, output.center).cpu().numpy()
-    fine = whole(output.fine, output.center).cpu().numpy()
-    xyz = xyz.cpu().numpy()
-    c = teacher.config
-    colors = pictures.palette(c.num_group).repeat(c.group_size, axis=0)
-    rows = []
-    for i in range(len(xyz)):
-        rows.append([(xyz[i], None), (patches[i], colors), (coarse[i], None), (fine[i], None)])
+    colors = pictures.palette(teacher.config.num_group).repeat(teacher.config.group_size, axis=0)
+    rows = [[(cloud, None)] for cloud in xyz.cpu().numpy()]
+    shown = ((output.neighborhood, colors), (output.coarse, None), (output.fine, None))
+    for patches, painted in shown:
+        for row, cloud in zip(rows, whole(patches, output.center).cpu().numpy(), strict=True):
+            row.append((cloud, painted))
     pictures.write_gallery(path, rows)
     names = ", ".join(test.names[i] for i in chosen)
     print("reconstruction.png: input, patches, coarse, fine; from the top", names)
@@ -255,9 +244,12 @@ def main(config):
     config, device = run.setup(config, PRESETS)
 
     # -- data
-    dataset = datasets.open_dataset(config.data, config.cache or None, config.variant, config.area)
+    dataset = datasets.open_dataset(
+        config.data, config.cache or None, config.variant, config.area, config.drop_invalid
+    )
     print(datasets.describe(dataset))
     config = run.plan(config, len(dataset.train))
+    identities = dataset.train.identities()
 
     # -- model
     teacher = build_teacher(config, device)
@@ -283,7 +275,7 @@ def main(config):
     # -- optimizer, resume
     optimizer = run.adamw(teacher, config.lr, config.weight_decay, slow)
     net = run.parallel(teacher, config)
-    log, state = run.begin(config, teacher, optimizer, train.names)
+    log, state = run.begin(config, teacher, optimizer, identities)
     before = state["before"] if state else evaluate(teacher, test, config, 256)
 
     # -- loop
@@ -322,20 +314,18 @@ def main(config):
     after = evaluate(teacher, test, config, count, swap_codes=True)
     write_picture(teacher, test, config, log.folder / "reconstruction")
     pictures.write_chart(log.folder / "loss.svg", log.rows)
-    metrics = {}
-    for when, values in (("before", before), ("after", after)):
-        for name in ("cd_l1", "cd_l2", "fscore"):
-            metrics[f"{name}_{when}"] = values[name]
+    metrics = {f"{name}_before": value for name, value in before.items()}
+    metrics |= {f"{name}_after": after[name] for name in before}
     log.close(**metrics, cd_l1_other=after["cd_l1_other"])
     for name, title, scale in (("cd_l1", "CD-L1 x 1000", 1000), ("fscore", "F-score, %", 100)):
         text = f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained"
         print(f"reconstruction of {count} test clouds, {title}: {text}")
-    worse = 100 * (after["cd_l1_other"] / after["cd_l1"] - 1)
-    warning = ""
-    if worse < 2 and count >= 32:
-        warning = "; warning: the decoder ignores the codes"
-    print(f"CD-L1 with the codes of another cloud: {worse:.1f} % worse{warning}")
+    change = round(100 * (after["cd_l1_other"] / after["cd_l1"] - 1), 1)
+    verdict = "better" if change < 0 else "worse"
+    if change < 2 and count >= 32:
+        verdict += "; warning: the decoder ignores the codes"
+    print(f"CD-L1 with the codes of another cloud: {abs(change)} % {verdict}")
 
 
 if __name__ == "__main__":
-    run.run_command(main, Config, __doc__)
+    run.run_command(main, Config, __doc__, PRESETS)

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import act
-from util import run, synthetic
+from util import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--points", "64", "--batch-size", "4", "--precision", "fp32", "--device", "cpu"]
@@ -91,17 +90,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def write_shapes(root):
-    """A folder of 8 training and 4 test clouds of two classes, 100 points each."""
-    clouds = synthetic.synthetic_clouds(6, seed=3, num_points=100)
-    for i, label in enumerate(clouds.labels.tolist()):
-        name = clouds.classes[label]
-        if name in ("torus", "chair"):
-            folder = Path(root) / ("train" if i % 6 < 4 else "test") / name
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / f"{i}.npy", clouds[i].numpy())
 
 
 # -- tensors and tiny models ----------------------------------------------------------------------

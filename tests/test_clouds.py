@@ -79,6 +79,24 @@ def test_farthest_points_are_those_of_act_ties_included(n, seed, scale):
     np.testing.assert_array_equal(clouds.farthest_points(xyz, n), expected)
 
 
+def test_repeated_points_are_chosen_once_before_any_copy_and_no_index_twice():
+    xyz = np.random.default_rng(0).normal(size=(60, 3))
+    rows = np.random.default_rng(1).permutation(np.repeat(np.arange(60), 4))  # a padded scan
+    chosen = clouds.farthest_points(xyz[rows], 100)
+    assert len(set(rows[chosen[:60]])) == 60
+    assert len(set(chosen)) == 100
+
+
+def test_the_identity_of_a_cloud_is_its_name_its_size_and_its_ends():
+    data = make_clouds([3, 5, 1, 2])
+    before = data.identities()
+    data.points[7] += 1  # the last of cloud 1
+    data.names[3] = "other"
+    changed = [a != b for a, b in zip(before, data.identities(), strict=True)]
+    assert changed == [False, True, False, True]
+    assert before[2] == data.select([2]).identities()[0]
+
+
 @pytest.mark.parametrize("num_factors", [1, 3])
 def test_clouds_are_scaled_and_then_moved(num_factors):
     generator = seeded(1)

@@ -58,7 +58,7 @@ def write_clouds(names):
 
 
 LAYOUTS = {  # words of the description -> clouds, other files, labels to train and to test on
-    "ShapeNet-55: 2 training and 1 test clouds, 2 classes: a, b; no test clouds of b": (
+    "ShapeNet-55: 2 training and 1 test cloud, 2 classes: a, b; no test clouds of b": (
         "shapenet_pc/a-0.npy shapenet_pc/a-1.npy shapenet_pc/b-0.npy shapenet_pc/b-9.npy",
         {"ShapeNet-55/train.txt": "a-1.npy\nb-0.npy", "ShapeNet-55/test.txt": "a-0.npy\n"},
         [[0, 1], [0]],
@@ -69,19 +69,24 @@ LAYOUTS = {  # words of the description -> clouds, other files, labels to train 
         | {"modelnet40_test.txt": "b_1\r\na_c_3"},
         [[1], [1, 0]],
     ),
-    "ModelNet40: 2 training and 1 test clouds, 2 classes: class 0, class 1; no test clouds": (
+    "ModelNet40: 2 training and 1 test cloud, 2 classes: class 0, class 1; no test clouds": (
         "",
         {DAT: [[CLOUD, CLOUD], [[0], np.array([1])]], DAT.replace("train", "test"): [[CLOUD], [0]]},
         [[0, 1], [0]],
     ),
-    "ShapeNetPart: 2 training and 1 test clouds, 2 classes: Bag, Mug; no test clouds of Bag": (
+    "ShapeNetPart: 2 training and 1 test cloud, 2 classes: Bag, Mug; no test clouds of Bag": (
         "",
         {SYNSETS: "Bag\t01\nMug\t02\n", "01/a.txt": BAG, "02/b.txt": MUG, "02/c.txt": MUG}
         | {LIST: '["s/02/b"]', LIST.replace("train_f", "val_f"): '["s/01/a"]'}
         | {LIST.replace("train_f", "test_f"): '["s/02/c"]'},
         [[0, 1], [1]],
     ),
-    "set: 2 training": ("", {"x_train.h5": [[0], [1]], "x_test.h5": [0]}, [[0, 1], [0]]),
+    "set: 4 training and 2 test clouds, 2 classes: bowl, cone; val joins the training set": (
+        "",
+        {"x_train1.h5": [[1], [1]], "x_train0.h5": [[0]], "x_val0.h5": [0], "x_testing.h5": [0, 1]}
+        | {"shape_names.txt": "bowl\ncone"},
+        [[0, 1, 1, 0], [0, 1]],
+    ),
     "val is the test set": ("a/train/0.npy b/train/1.npy b/Valid/2.npy", {}, [[0, 1], [1]]),
     "b, train; the folder train is a class": (
         "train/b/0.npy train/train/1.npy test/train/2.npy",
@@ -141,11 +146,15 @@ def test_s3dis_is_rooms_split_by_area_and_blocks_of_a_square_metre():
 
 
 def test_a_folder_gives_clouds_with_classes_and_says_what_it_skipped():
-    write_clouds("chair/a.npy chair/b.xyz lamp/c.npy .hidden.npy")
+    write_clouds("chair/a.npy chair/b.xyz lamp/c.npy .hidden.npy run/picture.npy")
     write({"lamp/deep/d.npy": np.tile(CLOUD, (500, 1)), "README.txt": "2\n\n1. Install"})
+    write({"run/config.json": "", "run/metrics.jsonl": "", "sofa/a.e57": "", "sofa/b.e57": ""})
+    Path("set/stool").mkdir()
     dataset = datasets.open_dataset("set")
-    sizes = "set: 2 training and 2 test clouds, 2 classes: chair, lamp; 1 .txt files without points"
-    assert datasets.describe(dataset) == f"{sizes} skipped; a fixed fifth is the test set"
+    sizes = "set: 2 training and 2 test clouds, 2 classes: chair, lamp; "
+    skipped = "skipped: 2 .e57, 1 .txt, 1 .json, 1 .jsonl, 1 .npy; not read, as of a run of ours: "
+    rest = "set/run; no clouds in run, sofa, stool; a fixed fifth is the test set"
+    assert datasets.describe(dataset) == f"{sizes}{skipped}{rest}"
     longest = max(dataset.train.offsets.diff().max(), dataset.test.offsets.diff().max())
     assert longest == clouds.MAX_POINTS
 
@@ -186,12 +195,38 @@ def test_a_folder_is_read_once_until_a_file_changes(monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(datasets.tempfile, "gettempdir", lambda: "temporary")
     assert torch.equal(all_points(), first)
-    assert len(list(Path("temporary").rglob(".clouds*.points.npy"))) == 1
+    assert len(list(Path("temporary").rglob(".clouds*.points"))) == 1
 
 
+def test_points_that_are_not_finite_are_left_out_if_asked_for():
+    for cloud in ("set/a.npy", "set/b.npy"):
+        write_clouds("a.npy b.npy")
+        np.save(cloud, np.insert(CLOUD, 3, np.nan, axis=0))
+        dataset = datasets.open_dataset("set", drop_invalid=True)
+        assert len(dataset.train[0]) == len(dataset.test[0]) == 40
+        with refused(cloud[4:]):
+            datasets.open_dataset("set")
+
+
+def test_broken_files_are_named_one_in_a_line(capsys):
+    write({"a.xyz": "1 2 3\n4 5", "b.npy": [1], "c.npy": CLOUD})
+    with refused("2 of 3 broken", "a.xyz", "b.npy"):
+        datasets.open_dataset("set")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in lines[1:]] == ["set/a.xyz", "set/b.npy"]
+
+
+PARTS_H5 = {"a_train0.h5": [0], "a_train1.h5": [0], "a_test.h5": [0]}
+MANY = np.column_stack([CLOUD[:, :3], np.arange(40)])
+COLORS = np.column_stack([CLOUD[:, :3], np.arange(120).reshape(40, 3) % 7])
 MISTAKES = [  # what opens it, words of the message, files
     (open_scans, "a_bbox.npy", SCANS | {"a_bbox.npy": [[13.0] * 7]}),
-    (datasets.open_dataset, "broken.xyz flat.npy", {"broken.xyz": "1 2 3\n4 5", "flat.npy": [1]}),
+    (datasets.open_dataset, "1 .las laspy", {"a.las": b"", "b.txt": ""}),
+    (datasets.open_dataset, "from 0 or 1", {"a_train0.h5": [0], "a_train2.h5": [0]}),
+    (lambda _: datasets.open_dataset("set/a_train0.h5"), "a_train0.h5: 2 parts", PARTS_H5),
+    (datasets.open_parts, "7 labels colours", {"a.npy": COLORS, "b.npy": COLORS}),
+    (datasets.open_rooms, "7 labels colours", {"a.xyz": COLORS, "b.xyz": COLORS}),
+    (datasets.open_parts, "80 colours", {"a.npy": MANY, "b.npy": MANY + [0, 0, 0, 40]}),
     (datasets.open_dataset, "b.npy", {"train/a.npy": CLOUD, "test/a.npy": CLOUD, "b.npy": CLOUD}),
     (datasets.open_dataset, f"{DAT} readable", {DAT: [1, 2, 3]}),
     (datasets.open_dataset, "x_test.h5 labels", {"x_train.h5": [0], "x_test.h5": [0, -1]}),

@@ -21,16 +21,24 @@ SIZES = dict(width=32, depth=2, num_heads=1, encoder_dims=32, drop_path=0.0, poi
 SIZES.update(num_group=32, num_queries=32, group_size=8, own_tokens=True, dropout=0.0)
 SIZES.update(decoder_width=32, decoder_depth=1, decoder_heads=2, head_dropout=0.0)
 CLASSES = synthetic.ROOM_CLASSES[3:]
+noise = functools.partial(randn, dtype=torch.float64)
 ROOM = datasets.synthetic_scenes((7, 1), 3000)[0]  # 7118 points, 7 boxes
 
 
-@pytest.mark.parametrize("counts", [(3, 0, 2), (0, 0, 0)])  # true boxes of each room
-def test_loss_is_that_of_loops(counts):
-    logits = 2 * randn(3, 5, 4, dtype=torch.float64)
-    predicted = randn(3, 5, 6, seed=1, dtype=torch.float64).abs()
-    extent = randn(3, 3, seed=2, dtype=torch.float64).abs() + 3
-    boxes = [randn(K, 6, seed=K, dtype=torch.float64).abs() for K in counts]
+def loss_inputs(counts, layers):
+    """Logits, centers, sizes, extents, boxes and labels; counts: true boxes of each of 3 rooms."""
+    logits = 2 * noise(layers, 3, 5, 4)
+    center, size = noise(layers, 3, 5, 6, seed=1).abs().split(3, dim=-1)
+    boxes = [noise(K, 6, seed=K).abs() for K in counts]
     labels = [torch.arange(K) for K in counts]
+    return logits, center, size, noise(3, 3, seed=2).abs() + 3, boxes, labels
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 2), (0, 0, 0)])
+def test_loss_is_that_of_loops(counts):
+    logits, center, size, extent, boxes, labels = loss_inputs(counts, 1)
+    logits = logits[0]
+    predicted = torch.cat([center[0], size[0]], dim=-1)
     weights = 0.0
     sums = np.zeros(4)
     for b, K in enumerate(counts):
@@ -46,12 +54,21 @@ def test_loss_is_that_of_loops(counts):
         for k, q in enumerate(queries):
             off = ((predicted[b, q] - boxes[b][k]).view(2, 3) / extent[b]).abs().sum(dim=1)
             sums[1:] += [1 - giou[k, q], 5 * off[0], off[1]]
-    box = predicted.split(3, dim=-1)
-    total, parts = detect.layer_loss(logits, box[0], box[1], extent, boxes, labels)
+    total, parts = detect.layer_loss(logits, center[0], size[0], extent, boxes, labels)
     assert list(parts) == ["class", "giou", "center", "size"]
     expected = sums / [weights, 5, 5, 5]  # five true boxes, or sums of 0
     assert [value.item() for value in parts.values()] == pytest.approx(expected, abs=1e-9)
     assert total.item() == pytest.approx(expected.sum())
+
+
+def test_loss_of_all_layers_is_the_sum_of_theirs_with_the_parts_of_the_last():
+    logits, center, size, extent, boxes, labels = loss_inputs((3, 0, 2), 2)
+    total = 0.0
+    for i in range(2):
+        loss, parts = detect.layer_loss(logits[i], center[i], size[i], extent, boxes, labels)
+        total = total + loss
+    found = detect.detection_loss(logits, center, size, extent, boxes, labels)
+    assert found == (total, parts)
 
 
 def points_in(xyz, boxes):
@@ -127,6 +144,22 @@ def test_a_killed_run_resumes_bit_for_bit(student_run, monkeypatch, tmp_path):
     train(part, "--resume")
     assert same(checkpoint(part)["model"], checkpoint(whole)["model"])
     assert rows_of(part) == rows_of(whole)
+
+
+def test_rooms_of_the_same_name_differ_by_their_points_boxes_or_labels():
+    rooms = [ROOM, ROOM._replace(xyz=ROOM.xyz + 1), ROOM._replace(boxes=ROOM.boxes + 1)]
+    rooms.append(ROOM._replace(labels=ROOM.labels + 1))
+    assert len(set(map(detect.identity, rooms))) == 4
+
+
+def test_rooms_in_millimetres_and_flags_of_other_commands_are_refused(monkeypatch):
+    room = ROOM._replace(xyz=1000 * ROOM.xyz)
+    rooms = datasets.RoomSet("rooms", [ROOM], [room], CLASSES)
+    monkeypatch.setattr(datasets, "open_scans", Mock(return_value=rooms))
+    with refused(room.name, "metres"):
+        run_command(detect, "--device", "cpu")
+    with refused("--area"):
+        run_command(detect, "--area", 3)
 
 
 def test_a_missing_scipy_is_named(monkeypatch, tmp_path):

@@ -85,6 +85,8 @@ def test_a_checkpoint_gives_its_detector_and_others_are_refused(model, tmp_path,
     act.save(state | {field: value}, tmp_path / "other.pt")
     with refused(tmp_path / "other.pt", "Detector"):
         detector.load_detector(tmp_path / "other.pt")
+    with refused(tmp_path / "last.pt", "Detector"):
+        act.load(tmp_path / "last.pt")
 
 
 @given(seed=st.integers(0, 10**6), shift=st.sampled_from([0, 0, 0, 9]))  # 9: all boxes are empty

@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 import act
+import common
 import finetune
 from common import SHORT, checkpoint, interrupt, randn, refused, rows_of, run_command, same
 from util import clouds, datasets, files, run, synthetic, transfer
 
 SIZES = dict(num_group=8, group_size=8, points=64, width=24, depth=2, num_heads=2, encoder_dims=24)
-AUGMENT = {"rotate": clouds.rotate_y, "scale_translate": clouds.scale_translate}
 
 
 def config_of(**changed):
@@ -26,10 +27,13 @@ def config_of(**changed):
 def command(shapes, student_run, tmp_path, monkeypatch, capsys):
     """command(flags): the command in an empty folder -> what it printed."""
     monkeypatch.chdir(tmp_path)
-    usual = SHORT + ["--data", shapes, "--checkpoint", student_run / "last.pt"]
+    usual = ["--data", shapes, "--checkpoint", student_run / "last.pt"]
 
     def command(flags):
-        run_command(finetune, *usual + flags.split())
+        words = usual + flags.split()
+        if "svm" not in words:
+            words = SHORT + words
+        run_command(finetune, *words)
         return capsys.readouterr().out
 
     return command
@@ -39,7 +43,7 @@ PUBLISHED = [  # name of the data, flags, points, augment
     ("ScanObjectNN, PB_T50_RS", dict(data="folder", size="base"), 2048, "rotate"),
     ("ModelNet40", dict(data="folder", size="base"), 1024, "scale_translate"),
     ("synthetic", dict(task="fewshot"), 1024, "scale_translate"),
-    ("synthetic", dict(task="svm", augment="none"), 512, "none"),  # the checkpoint's points
+    ("synthetic", dict(task="svm"), 512, "auto"),  # the checkpoint's points
 ]
 
 
@@ -55,7 +59,14 @@ def test_what_does_not_fit_the_encoder_is_refused(command, student_run, teacher_
     state = checkpoint(student_run)
     state["config"]["encoder_dims"] = 16
     torch.save(state, "unfit.pt")
+    Path("one/torus").mkdir(parents=True)
+    for i in range(3):
+        np.save(f"one/torus/{i}.npy", randn(100, 3, seed=i).numpy())
     mistakes = {
+        "--data one": "2 or more classes",
+        "--data one --task svm": "2 or more classes",
+        "--task svm --weight-decay 1": "--weight-decay",
+        "--task svm --features none/a.npz": "none/a.npz",
         "--way 3": "--way",
         "--task fewshot --features a": "--features",
         "--checkpoint nothing.pt": "train_student.py",
@@ -85,8 +96,11 @@ def test_protocols_that_freeze_leave_the_encoder_bit_identical(command, student_
     assert same(dict(before.encoder.state_dict()), dict(after.encoder.state_dict()))
 
 
-@pytest.mark.parametrize("augment", AUGMENT)
-def test_a_vote_is_by_the_mean_logits_of_augmented_samples(augment):
+AUGMENT = [("rotate", clouds.rotate_y), ("scale_translate", clouds.scale_translate)]
+
+
+@pytest.mark.parametrize("augment, function", AUGMENT)
+def test_a_vote_is_by_the_mean_logits_of_augmented_samples(augment, function):
     split = synthetic.synthetic_clouds(2, num_points=100)
     config = config_of(vote=3, augment=augment)
     data = datasets.Dataset("", split, split)
@@ -96,7 +110,7 @@ def test_a_vote_is_by_the_mean_logits_of_augmented_samples(augment):
     for i in range(3):
         generator = run.seeded("cpu", config.seed, "vote", i, 0)
         xyz, _ = split.sample(torch.arange(46), 64, generator)
-        logits = logits + model(AUGMENT[augment](xyz, generator))
+        logits = logits + model(function(xyz, generator))
     task.test = replace(split, labels=logits.argmax(dim=1))
     assert task.vote(model)["accuracy"] == 100
 
@@ -108,8 +122,38 @@ def test_classification_leaves_rows_metrics_and_a_model(command):
     first, second, last = rows_of("out")
     assert last["best_accuracy"] == max(first["accuracy"], second["accuracy"])
     assert {"confusion", "vote_accuracy", "vote_mean_accuracy", "best_epoch"} <= last.keys()
+    assert Path("out/confusion.svg").exists() and Path("out/classify.png").exists()
     c = act.load("out/last.pt").config
     assert (c.class_names, c.points, c.normalized) == (["chair", "torus"], 64, True)
+
+
+@pytest.mark.parametrize("least, most", [(150, 900), (1024, 1500)])
+def test_eight_steps_tell_plain_shapes_apart_however_sparse(command, least, most, monkeypatch):
+    sizes = dict(num_group=32, width=48, depth=2, num_heads=2, encoder_dims=48)
+    monkeypatch.setitem(run.ENCODER_SIZES, "tiny", sizes)
+    rng = np.random.default_rng(0)
+    for shape, extent in dict(ball=[1, 1, 1], plate=[1, 0.1, 1], rod=[0.1, 1, 0.1]).items():
+        Path("data", shape).mkdir(parents=True)
+        for i in range(10):
+            xyz = extent * rng.normal(size=(rng.integers(least, most), 3))
+            np.save(f"data/{shape}/{i}.npy", xyz)
+    flags = "--data data --points 1024 --batch-size 24 --checkpoint none --size tiny --steps 8"
+    command(f"{flags} --out out")
+    assert rows_of("out")[-1]["accuracy"] > 80
+
+
+def test_statistics_of_a_loaded_encoder_move_by_a_tenth(command, student_run, monkeypatch):
+    """A momentum of 1 leaves the statistics of the step's own clouds, as new norms have them."""
+    command("--steps 1 --out usual")
+    new_norms = run.new_norms
+    monkeypatch.setattr(run, "new_norms", lambda model, step: new_norms(model, 9))
+    command("--steps 1 --out step")
+    old, usual, step = [checkpoint(folder)["model"] for folder in (student_run, "usual", "step")]
+    for name in [name for name in usual if "running" in name]:
+        expected = step[name]
+        if name.startswith("encoder"):
+            expected = 0.9 * old[name] + 0.1 * step[name]
+        common.assert_close(usual[name], expected)
 
 
 def test_a_run_that_was_interrupted_resumes_bit_for_bit(command, monkeypatch):
@@ -133,30 +177,25 @@ def test_an_episode_is_reproducible_and_holds_what_was_asked():
     assert first.test.labels.bincount().tolist() == [5, 5]  # fewer than 20: all
     for label, name in zip(first.test.labels, first.test.names, strict=True):
         assert name.startswith(first.test.classes[label])
-    for way, shot in [(2, 9), (1, 3), (2, 0), (99, 3)]:
-        with refused(f"--way {way} --shot {shot}"):
+    for way, shot, most in [(2, 9, "the 0"), (1, 3, ""), (99, 3, "the 23"), (2, 0, "")]:
+        with refused(f"--shot {shot}", most):
             finetune.draw_episode(data, way, shot, fold=0)
 
 
-def write_episodes(folder):
-    """Ten published episodes of two classes with one to four test clouds; clouds have normals."""
-    folder.mkdir(parents=True)
-    points = randn(4, 100, 6).numpy()
-    train = [(points[i], i % 2, 30 + i % 2) for i in range(4)]
-    for fold in range(10):
-        episode = {"train": train, "test": train[: 1 + fold % 4]}
-        (folder / f"{fold}.pkl").write_bytes(pickle.dumps(episode))
-
-
 @pytest.mark.parametrize("published", [False, True])
-def test_few_shot_is_the_mean_and_deviation_of_ten_episodes(command, tmp_path, published):
+def test_few_shot_is_the_mean_and_deviation_of_ten_episodes(command, published):
     flags = "--task fewshot --way 2 --epochs 1 --out out --shot 3"
-    if published:
-        write_episodes(tmp_path / "episodes/2way_3shot")
+    if published:  # two classes, one to four test clouds, clouds with normals
         flags += " --data episodes"
-        with refused("2way_9shot"):
-            command(flags + " --shot 9")
-    command(flags)
+        Path("episodes/2way_3shot").mkdir(parents=True)
+        train = [(points, i % 2, 30 + i % 2) for i, points in enumerate(randn(4, 100, 6).numpy())]
+        for fold in range(10):
+            with refused(f"{fold}.pkl"):
+                command(flags)
+            assert not Path("out").exists()
+            episode = pickle.dumps({"train": train, "test": train[: 1 + fold % 4]})
+            Path(f"episodes/2way_3shot/{fold}.pkl").write_bytes(episode)
+    assert "fold 3, 4 of 10" in command(flags)
     last = rows_of("out")[-1]
     assert len(last["folds"]) == 10 and rows_of("out/fold_3")[-1]["accuracy"] == last["folds"][3]
     assert last["accuracy"] == pytest.approx(np.mean(last["folds"]))

@@ -1,5 +1,7 @@
 """util/metrics.py beside cases by hand, counting and loops."""
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,17 @@ def test_accuracy_iou_and_table_of_a_case_by_hand(capsys):
     metrics.print_table(matrix, ["cat", "dog", "cow", "hen"])
     rows = capsys.readouterr().out.splitlines()
     assert rows[1].split() == "cat 3 66.7 50.0 dog 1".split() and rows[3].split()[2:] == ["-", "-"]
+
+
+def test_the_confusion_is_drawn_with_names_and_counts_darker_for_larger_shares(tmp_path):
+    names = ["<bag>", "cup", "no cloud"]
+    path = tmp_path / "confusion.svg"
+    metrics.write_confusion(path, torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), names)
+    nodes = list(ElementTree.parse(path).getroot())
+    texts = [node.text for node in nodes if node.text]
+    assert texts == ["<bag>", "<bag>", "3", "1", "cup", "cup", "4", "no cloud", "no cloud"]
+    shares = [node.get("fill-opacity") for node in nodes if node.get("fill-opacity")]
+    assert shares == ["0.75", "0.25", "1.00"]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -98,3 +111,19 @@ def test_the_svm_chooses_c_on_every_fifth_training_feature_whatever_their_scale_
     moved = features * torch.logspace(0, 3, 6) + 7
     result = metrics.svm_accuracy(moved[:100], labels[:100], moved[100:], labels[100:])
     assert result == (pytest.approx(100 * accuracy(slice(100), slice(100, None), best)), best)
+
+
+def test_nearest_neighbours_vote_and_of_even_votes_the_nearer_ones_win():
+    train = randn(40, 3)
+    labels = torch.arange(40) % 4
+    queries = randn(60, 3, seed=1)
+    winners = torch.zeros(60)
+    for i, query in enumerate(queries):
+        cosine = F.cosine_similarity(train, query[None])
+        votes = [(0, 0.0)] * 4  # of each label the number and the sum of cosines
+        for k in cosine.argsort(descending=True)[:5].tolist():
+            number, total = votes[labels[k]]
+            votes[labels[k]] = (number + 1, total + cosine[k].item())
+        winners[i] = votes.index(max(votes))
+    winners[:15] += 1
+    assert metrics.knn_accuracy(train, labels, queries, winners) == 75

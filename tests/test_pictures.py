@@ -78,16 +78,29 @@ def test_a_gallery_places_each_cloud_in_the_picture_and_in_the_ply(tmp_path, col
 
 
 def chart(path, rows):
-    """The numbers x, y, x, y ... of each line of a chart."""
+    """The numbers x, y, x, y ... of each line of a chart, and all words in it."""
     pictures.write_chart(path, rows)
-    lines = ElementTree.parse(path).iterfind("{*}polyline")
-    return [np.array(line.get("points").replace(",", " ").split(), float) for line in lines]
+    svg = ElementTree.parse(path)
+    lines = [line.get("points").replace(",", " ").split() for line in svg.iterfind("{*}polyline")]
+    words = [word.text for word in svg.iterfind("{*}text")]
+    return [np.array(line, float) for line in lines], words
 
 
 def test_a_chart_shows_the_loss_and_the_test_metric(tmp_path):
     steps = [dict(step=1, loss=1), dict(step=2, loss=0.5), dict(step=4, loss=0.25)]
     epochs = [dict(step=2, loss_epoch=0.7, cd_l1=1), dict(step=4, loss_epoch=0.3, cd_l1=2)]
-    loss, metric = chart(tmp_path / "a.svg", steps + epochs)
+    (loss, metric), _ = chart(tmp_path / "a.svg", steps + epochs)
     np.testing.assert_allclose(loss, [190, 30, 320, 243.3, 580, 350])  # larger y is lower
     np.testing.assert_allclose(metric, [320, 350, 580, 30])
-    np.testing.assert_allclose(chart(tmp_path / "a.svg", epochs)[0], [320, 30, 580, 350])
+    lines, _ = chart(tmp_path / "a.svg", epochs)
+    np.testing.assert_allclose(lines[0], [320, 30, 580, 350])
+
+
+def test_a_short_run_has_ticks_that_differ_and_a_line_to_its_end(tmp_path):
+    steps = [dict(step=100, loss=0.05551), dict(step=200, loss=0.05552)]
+    rows = steps + [dict(step=287, loss_epoch=0.07, accuracy=33.3)]
+    lines, words = chart(tmp_path / "a.svg", rows)
+    np.testing.assert_allclose(lines[0], [241.2, 350, 422.4, 30, 580, 30], atol=0.1)
+    assert words[:6] == ["0", "50", "100", "150", "200", "250"]
+    assert len(set(words[6:12])) == len(set(words[12:18])) == 6  # values and names
+    assert "<circle cx='580.0' cy='190.0'" in (tmp_path / "a.svg").read_text()  # one value

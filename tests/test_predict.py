@@ -89,10 +89,16 @@ def test_each_point_gets_a_part_of_the_category_or_a_label_of_rooms(flags, label
 def test_boxes_are_found_in_rooms_with_large_coordinates(monkeypatch, capsys):
     monkeypatch.setattr(detector, "SCORE_THRESHOLD", 0.1)  # the model is not trained
     predict_run("rooms --checkpoint detector.pt")
-    table = capsys.readouterr().out.splitlines()[1:-1]
-    assert "chair" in table[0] and "center [5.0000" in table[0]
+    shown = capsys.readouterr()
+    table = shown.out.splitlines()[1:-1]
+    assert "chair" in table[0] and "center [5.0000" in table[0] and "metres?" not in shown.err
+    np.save("millimetres.npy", 1000 * np.load("rooms/a.npy"))
+    predict_run("millimetres.npy --checkpoint detector.pt")
+    assert "m wide: metres?" in capsys.readouterr().err
     pytest.importorskip("plyfile")  # reads the .ply
-    assert files.read_points("results/rooms-a.npy.ply")[:, 1].min() > 3_999_000
+    room = np.load("rooms/a.npy")
+    written = files.read_points("results/rooms-a.npy.ply")[: len(room)]
+    np.testing.assert_allclose(written, room, rtol=0, atol=1e-3)
 
 
 def test_results_of_different_files_never_have_the_same_name():
@@ -108,8 +114,11 @@ def test_flags_that_do_not_fit_are_named(flag):
 
 def test_a_file_that_cannot_be_read_is_named_and_the_others_are_done():
     np.save("few.npy", np.eye(3))
-    words = "nowhere Mug few.npy --checkpoint classifier.pt --out results"
+    Path("empty").mkdir()
+    Path("empty/a.pcd").touch()
+    words = "nowhere Mug empty few.npy --checkpoint classifier.pt --out results"
     done = python(predict.__file__, *words.split())
     assert done.returncode == 2
-    assert "nowhere" in done.stderr and "few.npy" in done.stderr
+    for words in ("nowhere: ", "few.npy: ", "empty: skipped: 1 .pcd", "open3d", "empty: expected"):
+        assert words in done.stderr
     assert "\nMug/a.npy," in Path("results/predictions.csv").read_text()

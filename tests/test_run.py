@@ -1,5 +1,6 @@
 """util/run.py: flags, schedules, optimizer, processes, the log and the folder of a run."""
 
+import io
 import math
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def test_flags_have_types_may_have_underscores_and_lists_add_up():
 
 
 def test_a_bad_flag_is_refused_by_name():
-    for word in "--epoch=3 --epochs=many --size=huge --epochs=-1 --lr=nan --mask=x".split():
+    words = "--epoch=3 --epochs=many --size=huge --epochs=-1 --lr=nan --lr=inf --mask=x".split()
+    for word in words + ["--seed=99999999999999999999", "--steps=0 --epochs=3"]:
         with refused(word.split("=")[0]):
             parse("file " + word)
 
@@ -44,9 +46,31 @@ def test_set_changes_a_copy_keeps_types_and_refuses_other_names_and_values():
     sizes = act.StudentConfig()
     changed = run.override(sizes, ["depth=3", "drop_path=0"], ["depth", "drop_path"])
     assert changed == replace(act.StudentConfig(), depth=3, drop_path=0.0) and sizes.depth == 12
-    for pair in "depth=few depth width=3 depth=-1 drop_path=2 drop_path=nan".split():
-        with refused(f"--set {pair}"):
+    whole = "depth depth=few depth=2.5 depth=-1 depth=0 depth=99999999999".split()
+    rates = "drop_path=x drop_path=1 drop_path=nan drop_path=-0.1".split()
+    wrong = dict.fromkeys(whole, "whole number") | dict.fromkeys(rates, "rate")
+    wrong["width=3"] = "depth, drop_path"
+    for pair, words in wrong.items():
+        with refused(f"--set {pair}: expected", words):
             run.override(sizes, [pair], ["depth", "drop_path"])
+
+
+def test_help_says_what_each_size_takes_by_itself(capsys, monkeypatch):
+    presets = {"classify": {"tiny": dict(epochs=7, batch_size=32)}, "svm": {"base": dict(lr=1e-4)}}
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit):
+        run.run_command(None, Config, "What it does.", presets)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "classify tiny --epochs 7 --batch-size 32" in lines and "svm base --lr 0.0001" in lines
+    assert any("seed of everything random (default: 0)" in line for line in lines)
+
+
+def test_names_that_a_console_cannot_show_are_escaped(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(sys, "argv", ["command"])
+    run.run_command(lambda config: print("Stühle 椅子 \udcff"), run.RunConfig, "")
+    assert console.buffer.getvalue() == b"St\xfchle \\u6905\\u5b50 \\udcff\n"
 
 
 MISTAKES = [(act.UserError("a:\n b"), 2, 1), (KeyboardInterrupt(), 130, 1)]  # code, lines
@@ -73,6 +97,14 @@ def test_a_size_settles_the_flags_that_are_not_given():
     assert config == replace(given, epochs=5, points=99)
     with refused("--device", "cuda:99"):
         run.setup(replace(given, device="cuda:99"), presets)
+
+
+@pytest.mark.parametrize("data, out", [("a", "a/b"), ("a/b", "a"), ("a", "a"), (".", "runs/x")])
+def test_results_inside_the_data_or_data_inside_the_results_are_refused(data, out):
+    with refused("--out", out, "--data", data):
+        run.setup(run.RunConfig(data=data, out=out), {})
+    run.check_apart("synthetic", ".")
+    run.check_apart("a/b", "a/bc")
 
 
 def test_a_step_draws_from_seed_and_step_alone(monkeypatch):
@@ -120,10 +152,13 @@ def test_an_epoch_takes_every_cloud_once_in_an_order_of_its_own_up_to_the_last_s
     assert same(run.epoch_batches(config, 11, epoch=1, step=3), second[1:])
     config = run.plan(run.RunConfig(batch_size=4, steps=3, epochs=9), count=11)
     assert len(run.epoch_batches(config, 11, epoch=1)) == 1
+    assert run.plan(run.RunConfig(batch_size=4, steps=0, epochs=9), count=11).epochs == 0
 
 
 def test_a_batch_is_a_multiple_of_the_processes_and_at_most_all_clouds(monkeypatch):
     assert run.plan(run.RunConfig(batch_size=64, epochs=1), 3).batch_size == 3
+    with refused("--batch-size 0: expected 1 or more"):
+        run.plan(run.RunConfig(batch_size=0, epochs=1), 3)
     monkeypatch.setattr(run, "WORLD", 2)
     assert run.plan(run.RunConfig(batch_size=4, epochs=1), 3).batch_size == 2
     for batch_size, count in ((3, 10), (4, 1)):
@@ -131,13 +166,30 @@ def test_a_batch_is_a_multiple_of_the_processes_and_at_most_all_clouds(monkeypat
             run.plan(run.RunConfig(batch_size=batch_size, epochs=1), count)
 
 
-def begin(folder, **settings):
-    """(log, state, student, optimizer) of a run on the clouds a and b."""
+def test_a_new_norm_keeps_the_mean_of_its_steps_and_a_loaded_one_moves_by_a_tenth():
+    model = torch.nn.ModuleList([torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)])
+    new, loaded = model
+    loaded.num_batches_tracked.fill_(50)
+    norms = run.new_norms(model, 0)
+    batches = 1e-3 * randn(4, 20, 3)
+    expected = torch.ones(3)
+    for step, batch in enumerate(batches):
+        run.set_momentum(norms, step)
+        for norm in model:
+            norm(batch)
+        expected = 0.9 * expected + 0.1 * batch.var(dim=0)
+    assert torch.allclose(new.running_var, batches.var(dim=1).mean(dim=0), rtol=1e-4)
+    assert torch.allclose(loaded.running_var, expected)
+    assert run.new_norms(model, 4) == [new]  # of a resumed run
+
+
+def begin(folder, names=("a", "b"), **settings):
+    """(log, state, student, optimizer) of a run on clouds of these identities."""
     config = run.RunConfig(steps=6, epochs=3, batch_size=1, lr=1e-3, out=str(folder), **settings)
     torch.manual_seed(0)
     student = act.Student(SMALL)
     optimizer = run.adamw(student, 1e-3, 0.0)
-    return run.begin(config, student, optimizer, ["a", "b"]) + (student, optimizer)
+    return run.begin(config, student, optimizer, list(names)) + (student, optimizer)
 
 
 @pytest.fixture
@@ -167,6 +219,16 @@ def test_rows_have_the_means_of_tensors_and_the_last_of_numbers(tmp_path):
         dict(epoch=2, step=4, loss=1.0, lr=0.5, extra=7.0),
         dict(epoch=2, step=5, loss_epoch=1.5, lr=0.25, extra=8.0, table=[1, 2]),
     ]
+
+
+def test_a_step_is_printed_once_where_every_step_is_logged(tmp_path, capsys):
+    log, _, _, _ = begin(tmp_path, log_every=1)
+    for _ in range(2):
+        log.add(loss=torch.tensor(1.0))
+    log.end_epoch(accuracy=50.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("step 2 of 6") for line in lines] == [0, 1, 0]
+    assert lines[2] == "epoch 1  loss_epoch 1  accuracy 50"
 
 
 def test_adding_a_step_reads_no_value_on_the_host(tmp_path):
@@ -207,6 +269,8 @@ def test_a_run_resumes_with_its_rows_and_its_checkpoint_if_settings_agree(tmp_pa
     before = contents(tmp_path)
     with refused("last.pt", "seed was 0, is 3"):
         begin(tmp_path, resume=True, seed=3)
+    with refused("last.pt: the clouds differ"):
+        begin(tmp_path, ["a", "changed"], resume=True)
     assert contents(tmp_path) == before
     log, state, student, _ = begin(tmp_path, resume=True)
     assert (log.step, log.epoch, state["before"]) == (1, 0, 7)  # of two steps in an epoch

@@ -1,5 +1,6 @@
 """A label for each point: samples, weights and figures of parts and rooms, and the command."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,23 @@ def test_iou_is_averaged_over_objects_and_over_categories(parts, monkeypatch):
     assert [values["instance_miou"], values["class_miou"]] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_label_that_no_cloud_has_counts_in_no_mean(first, tmp_path, monkeypatch):
+    split = synthetic.synthetic_clouds(1, num_points=64).select([0])
+    parts = torch.arange(64) % 2 + first
+    names = ["none", "low", "high"][-2 - first :]
+    split = replace(split, classes=[], part_names=names, part_ranges=[(0, len(names))], parts=parts)
+    data = datasets.Dataset("", split, split)
+    task = segment.Parts(segment.Config(points=64), data, SIZES, "cpu")
+    answer = ("", split[0].numpy(), parts, torch.full((64,), first))
+    monkeypatch.setattr(task, "predictions", lambda model: [answer])
+    values = task.evaluate(None) | task.finish(task.build_model(), tmp_path)
+    assert [values[name] for name in ("instance_miou", "class_miou", "miou")] == [25, 25, 25]
+    split.parts[:] = first
+    with refused("2 or more"):
+        segment.Parts(task.config, data, SIZES, "cpu")
+
+
 def test_a_training_block_is_what_a_slow_search_around_some_point_finds():
     room = room_of(700)
     drawn, labels = segment.sample_block(room, 60, np.random.default_rng(5))
@@ -81,8 +99,7 @@ def test_a_block_depends_on_step_and_room_and_large_rooms_have_more(scenes):
 
 
 def test_rare_classes_weigh_more_by_the_cube_root_of_their_frequency():
-    room = clouds.Room("", 1, np.zeros((9, 3)), np.uint8([0] * 8 + [1]))
-    assert segment.class_weights([room], 3).tolist() == pytest.approx([1, 2, 2])
+    assert segment.class_weights(np.array([8, 1, 0])).tolist() == pytest.approx([1, 2, 2])
 
 
 def test_parts_are_learnt_from_a_student(student_run, parts, tmp_path, monkeypatch):
@@ -99,11 +116,11 @@ def test_own_labelled_clouds_are_learnt_from(tmp_path, monkeypatch, task):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(run.ENCODER_SIZES, "tiny", ENCODER)
     xyz = np.random.default_rng(0).uniform(0, [1.6, 1.2, 2], (900, 3))
-    for name in ("train/a.npy", "train/b.npy", "test/c.npy"):
-        Path(name).parent.mkdir(exist_ok=True)
+    for name in ("data/train/a.npy", "data/train/b.npy", "data/test/c.npy"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         np.save(name, np.column_stack([xyz, xyz[:, 2] > 1]))
-    Path("classes.txt").write_text("low\nhigh\nnone\n")
-    run_command(segment, *FLAGS, "--task", task, "--data", ".", "--checkpoint", "none")
+    Path("data/classes.txt").write_text("low\nhigh\nnone\n")
+    run_command(segment, *FLAGS, "--task", task, "--data", "data", "--checkpoint", "none")
     closing = rows_of("run")[-1]
     assert closing["iou_none"] is None
     assert closing["miou"] == pytest.approx((closing["iou_low"] + closing["iou_high"]) / 2)

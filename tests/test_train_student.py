@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ import act
 import common
 import train_student
 import train_teacher
-from common import STUDENT, checkpoint, randn, refused, rows_of, run_command, same
+from common import STUDENT, TEACHER, checkpoint, randn, refused, rows_of, run_command, same
 from util import datasets, run
 
 
@@ -18,9 +19,9 @@ def flags(shapes, teacher_run):
     return STUDENT + ["--data", shapes, "--teacher", teacher_run / "last.pt"]
 
 
-def train(flags, words, out):
-    """Stage II with these flags and words, into the folder `out`."""
-    run_command(train_student, *flags, *words.split(), "--out", out)
+def train(flags, words, out, module=train_student):
+    """Stage II, or another command, with these flags and words, into the folder `out`."""
+    run_command(module, *flags, *words.split(), "--out", out)
 
 
 # -- targets --------------------------------------------------------------------------------------
@@ -61,31 +62,44 @@ def test_processes_take_shares_of_the_patches_and_masks_of_one(mask):
 
 
 # -- the command ----------------------------------------------------------------------------------
-RUNS = {  # words -> (num_group, group_size, target_dim)
-    "--target teacher --mask block --loss smooth_l1": (8, 8, 16),
-    "--target codes": (8, 8, 16),
-    "--target coordinates --teacher absent --set num_group=6 group_size=5": (6, 5, 15),
+RUNS = {  # words -> (num_group, group_size, target_dim), whether there is a reconstruction
+    "--target teacher --mask block --loss smooth_l1": ((8, 8, 16), True),
+    "--target backbone": ((8, 8, 192), False),
+    "--target codes": ((8, 8, 16), False),
+    "--target coordinates --teacher absent --set num_group=6 group_size=5": ((6, 5, 15), True),
 }
 
 
 @pytest.mark.parametrize("words", RUNS)
 def test_a_run_with_every_target(tmp_path, flags, words):
+    sizes, has_points = RUNS[words]
     train(flags, f"{words} --epochs 1", tmp_path)
     row, closing = rows_of(tmp_path)
     assert {"svm_untrained", "svm_trained"} <= closing.keys()
     assert len(row["cosine_per_depth"]) == 2
     files = {path.name for path in tmp_path.iterdir()}
     assert {"features.png", "features.ply", "loss.svg"} <= files
-    assert ("reconstruction.png" in files) == ("codes" not in words)
+    assert ("reconstruction.png" in files) == has_points
     c = act.load(tmp_path / "last.pt").config
-    assert (c.num_group, c.group_size, c.target_dim) == RUNS[words]
+    assert (c.num_group, c.group_size, c.target_dim) == sizes
     assert (c.points, c.normalized) == (64, True)
+
+
+def test_no_steps_train_nothing_and_evaluate(tmp_path, shapes, flags):
+    train(flags, "--steps 0", tmp_path / "s")
+    train(TEACHER + ["--data", shapes], "--steps 0", tmp_path / "t", train_teacher)
+    for folder, before, after in (
+        ("s", "svm_untrained", "svm_trained"),
+        ("t", "cd_l1_before", "cd_l1_after"),
+    ):
+        (closing,) = rows_of(tmp_path / folder)
+        assert closing["step"] == 0 and closing[before] == closing[after]
 
 
 MISTAKES = {  # words -> what the message names
     "--teacher absent.pt": "train_teacher.py",
     "--mask-ratio 1": "--mask-ratio",
-    "--set num_group=4": "num_group",
+    "--set depth=2 num_group=4": "the teacher's patches",
     "--target coordinates --loss l2": "--loss",
 }
 
@@ -107,12 +121,17 @@ def test_init_takes_sizes_and_all_weights_that_fit(tmp_path, flags, student_run)
             assert torch.allclose(value, second["model"][name], atol=1e-4), name  # lr is from 1e-6
 
 
-def test_one_cloud_is_enough_for_both_stages(tmp_path, shapes):
-    data = ["--data", min(shapes.glob("*/*/*.npy")), "--epochs", 1]
-    run_command(train_teacher, *common.TEACHER, *data, "--out", tmp_path / "t")
+def test_one_cloud_is_enough_for_both_stages_and_may_lose_invalid_points(tmp_path, shapes):
+    cloud = np.load(min(shapes.glob("*/*/*.npy")))
+    cloud[7] = np.nan
+    np.save(tmp_path / "cloud.npy", cloud)
+    data = ["--data", tmp_path / "cloud.npy", "--epochs", 1, "--drop-invalid"]
+    train(TEACHER + data, "", tmp_path / "t", train_teacher)
     train(STUDENT + data, f"--teacher {tmp_path}/t/last.pt", tmp_path / "s")
     assert checkpoint(tmp_path / "s")["step"] == 1
     assert "svm_trained" not in rows_of(tmp_path / "s")[-1]
+    with refused("cloud.npy"):
+        train(STUDENT + data[:-1], f"--teacher {tmp_path}/t/last.pt", tmp_path / "s")
 
 
 def test_all_clouds_of_shapenet_are_pretrained_on(tmp_path, shapes, flags, monkeypatch):
@@ -123,18 +142,25 @@ def test_all_clouds_of_shapenet_are_pretrained_on(tmp_path, shapes, flags, monke
     assert checkpoint(tmp_path)["step"] == 1  # 4 clouds in batches of 4
 
 
-def test_a_run_cut_in_mid_epoch_resumes_to_the_same_bits_and_may_be_longer(tmp_path, flags):
-    train(flags, "--steps 5", tmp_path / "whole")
+@pytest.mark.parametrize("module", [train_teacher, train_student])
+def test_a_run_cut_in_mid_epoch_resumes_to_the_same_bits(tmp_path, shapes, flags, module):
+    if module is train_teacher:
+        flags = TEACHER + ["--data", shapes]
+    train(flags, "--steps 5", tmp_path / "whole", module)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run.Log, "add", common.interrupt(3))
-        train(flags, "--steps 5", tmp_path / "cut")
-    train(flags, "--steps 5 --resume", tmp_path / "cut")
+        train(flags, "--steps 5", tmp_path / "cut", module)
+    train(flags, "--steps 5 --resume", tmp_path / "cut", module)
     expected, resumed = [checkpoint(tmp_path / name) for name in ("whole", "cut")]
     for part in ("model", "optimizer", "epoch", "step", "random"):
         assert same(expected[part], resumed[part]), part
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
-    train(flags, "--steps 6 --resume", tmp_path / "cut")  # from the middle of an epoch
-    assert [row["step"] for row in rows_of(tmp_path / "cut")] == [2, 4, 5, 6, 6]
+
+
+def test_a_resumed_run_may_be_longer_and_nothing_else(tmp_path, flags):
+    train(flags, "--steps 5", tmp_path)
+    train(flags, "--steps 6 --resume", tmp_path)  # from the middle of an epoch
+    assert [row["step"] for row in rows_of(tmp_path)] == [2, 4, 5, 6, 6]
     for words, named in (("--lr 0.5", "lr"), ("--set depth=1", "set"), ("--steps 1", "steps")):
         with refused("last.pt", named):
-            train(flags, f"--steps 6 --resume {words}", tmp_path / "cut")
+            train(flags, f"--steps 6 --resume {words}", tmp_path)

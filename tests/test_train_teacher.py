@@ -7,7 +7,7 @@ import torch
 
 import act
 import train_teacher
-from common import SHORT, TEACHER, checkpoint, interrupt, randn, refused, rows_of, run_command, same
+from common import SHORT, TEACHER, checkpoint, randn, refused, rows_of, run_command
 from util import datasets, run
 
 CONFIG = replace(train_teacher.Config(), points=64)
@@ -114,10 +114,25 @@ def test_a_run_with_kl_from_init_trains_all_but_the_backbone(tmp_path, shapes, t
     assert rows_of(tmp_path)[0]["kl_weight"] > rows_of(teacher_run)[0]["kl_weight"] == 0
 
 
+@pytest.mark.parametrize("words", ["--weights none", "--tune full"])
+def test_a_backbone_is_absent_or_trained_where_asked(tmp_path, shapes, teacher_run, words):
+    train(TEACHER + ["--data", shapes], f"{words} --epochs 1", tmp_path)
+    frozen, found = [checkpoint(folder)["model"] for folder in (teacher_run, tmp_path)]
+    extra = {"backbone", "proj_pre", "proj_post", "visual_pos_embed", "visual_prompt_token"}
+    extra |= {"visual_prompt_pos", "deep_prompt_tokens", "deep_prompt_pos"}
+    if words == "--weights none":
+        assert {name.split(".")[0] for name in frozen.keys() - found.keys()} == extra
+        return
+    assert frozen.keys() == found.keys()
+    name = "backbone.blocks.11.attn.qkv.weight"
+    assert 0 < (frozen[name] - found[name]).abs().max() < 1e-2
+
+
 MISTAKES = {  # words -> what the message names
     "--set tokens_dims=8": "tokens_dims",
     "--points 7": "--points",
     "--weights vit_of_nobody": "vit_of_nobody",
+    "--weights none --tune full": "--tune",
     "--init absent.pt --prompt none": "--init",
 }
 
@@ -136,16 +151,4 @@ def test_missing_public_weights_are_told_in_capitals(monkeypatch, capsys):
     monkeypatch.setattr(train_teacher.weights, "load_pretrained", missing)
     backbone, source = train_teacher.open_backbone("auto", "vit", 64)
     assert (backbone.config.width, source) == (64, "random")
-    assert "THE BACKBONE IS RANDOM. vit: no network" in capsys.readouterr().out
-
-
-def test_a_run_cut_in_mid_epoch_resumes_to_the_same_bits(tmp_path, shapes, teacher_run):
-    flags = TEACHER + ["--data", shapes, "--epochs", 2, "--log-every", 1]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Log, "add", interrupt(3))
-        train(flags, "", tmp_path)
-    train(flags, "--resume", tmp_path)
-    expected, resumed = [checkpoint(folder) for folder in (teacher_run, tmp_path)]
-    for part in ("model", "optimizer", "epoch", "step", "random"):
-        assert same(expected[part], resumed[part]), part
-    assert rows_of(teacher_run) == rows_of(tmp_path)
+    assert "THE BACKBONE IS RANDOM: the weights vit" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Tests of util/weights.py: public weights by name, and from files of every layout."""
 
 import hashlib
+import json
 import os
 import zipfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import act
-from common import Hostile, assert_close, randn, refused, same
+from common import Hostile, assert_close, randn, randomise, refused, same
 from util import official, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
@@ -73,14 +75,6 @@ def more(names):
     return {name: torch.ones(2, W) for name in names.split()}  # nobody needs them here
 
 
-def clip_file():
-    state = renamed(PRE_NORM, CLIP)
-    for name in ("visual.class_embedding", "visual.positional_embedding"):
-        state[name] = state[name].squeeze()
-    state |= more("visual.proj transformer.resblocks.0.ln_1.weight ln_final.weight vocab_size")
-    return state | more("token_embedding.weight positional_embedding text_projection logit_scale")
-
-
 def jax_file(heads=HEADS, prefix=""):
     state = {f"{prefix}head/bias": np.ones(2)}
     for key, value in renamed(PLAIN, JAX, prefix).items():
@@ -113,20 +107,26 @@ DISTILLED = vit_state(positions=2, dist_token=1)
 REGISTERS = vit_state(reg_token=4)
 SCALED = vit_state(layer_scale=True)
 BLOCKS = {key: value for key, value in PLAIN.items() if key.startswith("blocks.")}
+CLIP_KIND = {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}
 PRE_NORM = PLAIN | {"norm_pre.weight": SCALED["norm.bias"], "norm_pre.bias": torch.ones(W)}
 del PRE_NORM["patch_embed.proj.bias"]
 META = {key.replace("reg_token", "register_tokens"): value for key, value in REGISTERS.items()}
-DINO = renamed(SCALED, TIMM, "module.backbone.") | more("dino_head.0.bias ibot_head.last.bias")
+CLIP_FILE = {key: value.squeeze() for key, value in renamed(PRE_NORM, CLIP).items()}
+CLIP_FILE |= more("visual.proj transformer.resblocks.0.ln_1.weight ln_final.weight vocab_size")
+CLIP_FILE |= more("token_embedding.weight positional_embedding text_projection logit_scale")
+DINO = renamed(SCALED, TIMM, "module._orig_mod.backbone.") | more("dino_head.0.bias")
+FLAGS = Namespace(lr=0.1, output_dir=Path("runs"), sizes=[1, 2])
 BERT_KIND = {"eps": 1e-12, "norm_first": False}
 LAYOUTS = {  # (what a file holds, the same weights under timm's names, config that is not timm's)
     "DeiT": (DISTILLED | more("head.bias head_dist.weight pre_logits.fc.bias"), DISTILLED, {}),
     "Meta's registers": ({"state_dict": META, "epoch": 3}, REGISTERS, {}),
-    "DINO": ({"student": {}, "teacher": DINO}, SCALED, {}),
-    "MAE": ({"model": PLAIN | more("mask_token decoder_blocks.0.norm1.bias")}, PLAIN, {}),
+    "compiled DINO": ({"student": {}, "teacher": DINO}, SCALED, {}),
+    "MAE": (PLAIN | more("mask_token decoder_blocks.0.norm1.bias fc_norm.bias"), PLAIN, {}),
+    "timm with argparse's flags": ({"args": FLAGS, "model": PLAIN}, PLAIN, {}),
     "torchvision": (renamed(PLAIN, TORCHVISION) | more("heads.head.bias"), PLAIN, {}),
     "Hugging Face": (renamed(PLAIN, VIT) | more("pooler.dense.bias"), PLAIN, {"eps": 1e-12}),
     "newer Hugging Face": (renamed(PLAIN, NEWER_VIT, "vit."), PLAIN, {"eps": 1e-12}),
-    "CLIP": (clip_file(), PRE_NORM, {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}),
+    "CLIP": (CLIP_FILE, PRE_NORM, CLIP_KIND),
     "JAX": (jax_file(heads=4), PLAIN, {"num_heads": 4}),
     "older JAX": (jax_file(prefix="opt/target/"), PLAIN, {}),
     "BERT": (bert_file(), BLOCKS, BERT_KIND),
@@ -155,20 +155,25 @@ def write(folder, held, name="w.pth"):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_loads_the_weights_that_timms_names_have(tmp_path, name):
     held, state, kind = LAYOUTS[name]
+    path = write(tmp_path, held, FILES.get(name, "w.pth"))
     num_heads = None if "JAX" in name else HEADS  # JAX's file itself tells
-    model = weights.load_pretrained(write(tmp_path, held, FILES.get(name, "w.pth")), num_heads)
+    model = weights.load_pretrained(path.rename(tmp_path / "by_content"), num_heads)
     config = replace(act.backbone_config(state, "", HEADS), **kind)
     expected = act.build_backbone(state, config, "")
     assert not model.training and model.config == expected.config
     assert same(model.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize("state", [PLAIN, DISTILLED, REGISTERS, vit_state(0, reg_token=4)])
+NO_TOKEN = vit_state(0)  # SigLIP's
+del NO_TOKEN["cls_token"]
+
+
+@pytest.mark.parametrize("state", [PLAIN, DISTILLED, vit_state(0, reg_token=4), NO_TOKEN])
 def test_tokens_with_their_positions_go_before_the_patches(tmp_path, state):
     model = weights.load_pretrained(write(tmp_path, state), HEADS)
     images = randn(2, 3, 12, 12, seed=7)
-    patches = F.unfold(images, 4, stride=4).transpose(1, 2)  # (2, 9, 48)
-    x = patches @ state["patch_embed.proj.weight"].flatten(1).t() + state["patch_embed.proj.bias"]
+    kernel = state["patch_embed.proj.weight"]
+    x = F.conv2d(images, kernel, state["patch_embed.proj.bias"], stride=4).flatten(2).mT
     tokens = [state[name] for name in ("cls_token", "dist_token") if name in state]
     x = torch.cat([token.expand(2, -1, -1) for token in tokens] + [x], dim=1)
     pos = state["pos_embed"]
@@ -178,9 +183,24 @@ def test_tokens_with_their_positions_go_before_the_patches(tmp_path, state):
     assert_close(model.forward_features(images), model.forward_tokens(x))
 
 
-def test_heads_come_from_config_json_then_the_argument_then_the_width(tmp_path):
+TIMMS = """vit_small_patch16_224 deit_small_distilled_patch16_224 vit_small_patch14_dinov2
+    vit_small_patch14_reg4_dinov2 vit_base_patch32_clip_quickgelu_224.openai
+    vit_base_patch32_clip_224.laion2b vit_base_patch16_siglip_224"""
+
+
+@pytest.mark.parametrize("name", TIMMS.split())
+def test_timm_agrees(tmp_path, name):
+    timm = pytest.importorskip("timm", exc_type=Exception)
+    theirs = randomise(timm.create_model(name, img_size=224, depth=1)).eval()
+    ours = weights.load_pretrained(write(tmp_path, theirs.state_dict(), f"{name}.pth"))
+    images = randn(1, 3, 224, 224)
+    assert_close(ours.forward_features(images), theirs.forward_features(images), 1e-4)
+
+
+def test_heads_come_from_config_json_then_the_argument_then_the_file(tmp_path):
     path = write(tmp_path, PLAIN)
-    assert weights.load_pretrained(path).config.num_heads == 1
+    with refused(path, "num_heads", W):
+        weights.load_pretrained(path)
     for file in (path, write(tmp_path, jax_file(), "w.npz")):
         assert weights.load_pretrained(file, num_heads=8).config.num_heads == 8
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "layer_norm_eps": 1e-3}')
@@ -192,23 +212,37 @@ def test_heads_come_from_config_json_then_the_argument_then_the_width(tmp_path):
             weights.load_pretrained(path)
 
 
-def test_timm_agrees(tmp_path):
-    timm = pytest.importorskip("timm", exc_type=Exception)
-    theirs = timm.create_model("vit_small_patch14_reg4_dinov2", dynamic_img_size=True, depth=1)
-    ours = weights.load_pretrained(write(tmp_path, theirs.state_dict()))
-    images = randn(1, 3, 112, 112)
-    assert_close(ours.forward_features(images), theirs.eval().forward_features(images), 1e-4)
+def test_a_text_model_of_width_384_has_twelve_heads():
+    with torch.device("meta"):
+        blocks = act.Backbone(act.BackboneConfig(384, 1, 12, 8)).blocks.state_dict()
+    state = renamed({f"blocks.{key}": value for key, value in blocks.items()}, BERT)
+    assert weights.translate(state, None, "")[1].num_heads == 12
+
+
+ACTIVATIONS = [  # name of a CLIP's file, what config.json beside it says, whether QuickGELU
+    ("ViT-B-16-openai.pth", {}, True),
+    ("open_clip_pytorch_model.bin", {}, False),
+    ("vit_b_16-laion400m_e32.pth", {}, False),
+    ("vit_base_patch32_clip_224.laion400m_e32.pth", {}, True),
+    ("vit_base_patch16_clip_quickgelu_224.dfn2b.pth", {}, True),
+    ("vit_base_patch16_clip_224.openai_ft_in1k.pth", {}, False),
+    ("w.pth", {"hidden_act": "quick_gelu"}, True),
+    ("openai.pth", {"vision_config": {"hidden_act": "gelu"}}, False),
+]
+
+
+@pytest.mark.parametrize("layout", [CLIP, TIMM], ids=["CLIP", "timm"])
+@pytest.mark.parametrize("name, beside, quick", ACTIVATIONS)
+def test_quick_gelu_is_for_those_clips_that_had_it(tmp_path, layout, name, beside, quick):
+    path = write(tmp_path, renamed(PRE_NORM, layout), name)
+    (tmp_path / "config.json").write_text(json.dumps(beside))
+    config = weights.load_pretrained(path, HEADS).config
+    assert (config.quick_gelu, config.norm_pre, config.eps) == (quick, True, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.npz", "w.pt"])
-def test_files_are_read_exactly_by_content_and_refused_when_cut_short(tmp_path, name):
-    state = {"matrix": torch.arange(6.0).view(2, 3).half()}
-    if name != "w.pt":  # the writer of these makes halves of all
-        state |= {"flag": torch.tensor([True]), "scalar": torch.tensor(3), "none": ONES[:0]}
-    path = write(tmp_path, state, name).rename(tmp_path / "weights")
-    read = weights.read_tensors(path)
-    assert same(read, state)  # torch.equal compares shapes, too
-    assert all(read[key].dtype == value.dtype for key, value in state.items())
+def test_a_file_cut_short_is_refused(tmp_path, name):
+    path = write(tmp_path, {"matrix": torch.ones(2, 3)}, name)
     data = path.read_bytes()
     for share in (0.9, 0.5, 0):
         path.write_bytes(data[: int(share * len(data))])
@@ -229,51 +263,72 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("weights/code/more.PY", "def __setstate__(self, state): pass")
     else:
-        torch.save([PLAIN, hostile], path, _use_new_zipfile_serialization=form == "zip")
+        torch.save(
+            [PLAIN, Namespace(out=hostile)], path, _use_new_zipfile_serialization=form == "zip"
+        )
     for read in (weights.read_tensors, weights.load_pretrained, official.load):
         with refused(path, word):
             read(path)
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("module", ["numpy._core", "numpy.core"])
-def test_numpy_scalars_among_metrics_are_admitted_in_both_spellings(tmp_path, module):
+def test_scalars_of_numpy_1_among_metrics_are_admitted(tmp_path):
     path = tmp_path / "w.pth"
     held = {"a": ONES, "metrics": [np.float64(93.2), np.bool_(True), np.arange(3.0)]}
     torch.save(held, path, _use_new_zipfile_serialization=False)
-    data = path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core.")
-    path.write_bytes(data.replace(b"cnumpy.core.", f"c{module}.".encode()))
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
     assert same(weights.read_tensors(path)["a"], ONES)
 
 
-@pytest.mark.parametrize("file", ["net-{}.pth", "model.safetensors", "net-00000000.pth"])
 @pytest.mark.parametrize("size", [None, 1000])
-def test_a_name_is_downloaded_once_and_whole_or_not_at_all(tmp_path, monkeypatch, file, size):
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("dino_vits16", "net-{}.pth"),
+        ("dino_vits16", "net-00000000.pth"),
+        ("dino_vits16", "model.safetensors"),
+        ("timm/clip_quickgelu.x", "timm/clip.x/model.safetensors"),
+    ],
+)
+def test_a_name_is_downloaded_once_and_whole_or_not_at_all(tmp_path, monkeypatch, name, file, size):
     data = write(tmp_path, PLAIN, f"w{Path(file).suffix}").read_bytes()[:size]
     path = tmp_path / file.format(hashlib.sha256(data).hexdigest()[:8])
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     monkeypatch.setitem(weights.PUBLISHED, "dino_vits16", path.as_uri())
+    monkeypatch.setattr(weights, "HUGGING_FACE", f"{tmp_path.as_uri()}/{{}}/model.safetensors")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    cached = tmp_path / "hub/checkpoints" / path.name.replace("model", "dino_vits16")
+    cached = tmp_path / "hub/checkpoints" / path.name
+    if path.name == "model.safetensors":
+        cached = tmp_path / f"hub/checkpoints/{name}.safetensors"
     fails = size is not None or "0000" in file
     for _ in range(2):
         if fails:
-            with refused("dino_vits16", cached, path.as_uri()):
-                weights.load_pretrained("dino_vits16")
+            with refused(name, cached, path.as_uri()):
+                weights.load_pretrained(name)
         else:
-            state = weights.load_pretrained("dino_vits16", HEADS).state_dict()
+            state = weights.load_pretrained(name, HEADS).state_dict()
             assert torch.equal(state["norm.bias"], PLAIN["norm.bias"])
         path.unlink(missing_ok=True)  # then the address holds nothing
     assert os.listdir(cached.parent) == ([] if fails else [cached.name])
 
 
+def test_a_file_goes_before_timms_model_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "timm").mkdir()
+    write(tmp_path, PLAIN, "timm/vit.pth")
+    monkeypatch.chdir(tmp_path)
+    assert weights.load_pretrained("timm/vit.pth", HEADS).config.width == W
+
+
 QUERY = "encoder.layer.0.attention.self.query.bias"
 JAX_QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
-
-
 UNFIT = [  # what a file holds, a change (None leaves the tensor out), words of the message
     ({"model": {"epoch": 3}}, {}, ["tensors"]),
-    (PLAIN, {"fc_norm.weight": ONES}, ["nexpected key", "fc_norm.weight"]),
+    (PRE_NORM, {}, ["config.json", "quick_gelu"]),
+    (PLAIN, {"blocks.0.attn.q_norm.weight": ONES}, ["blocks.0.attn.q_norm.weight"]),
+    (PLAIN, {"blocks.1.mlp.w12.weight": ONES}, ["blocks.1.mlp.w12.weight"]),
+    (PLAIN, {"rope.freqs": ONES}, ["rope.freqs"]),
+    (PLAIN, {"norm.bias": None, "fc_norm.bias": ONES}, ["norm.bias"]),
     (bert_file(), {QUERY: None}, ["nexpected key", "blocks.0.attn.k.bias"]),
     (bert_file(), {QUERY: torch.ones(2, 2)}, ["blocks.0.attn.k.bias", 2]),
     (jax_file(), {JAX_QUERY: torch.ones(2)}, ["blocks.0.attn.q.kernel", 3]),

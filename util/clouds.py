@@ -2,7 +2,7 @@
 
     xyz, _ = clouds.sample(torch.arange(32), num_points=1024)    # (32, 1024, 3)
 
-Letters in shapes: B clouds of a batch, N points of each of them, T points of all clouds.
+Letters in shapes: B clouds of a batch, N points of each, T points of all clouds.
 """
 
 import math
@@ -38,7 +38,7 @@ class Scene(NamedTuple):  # Coordinates are in metres, and z points up.
 class Clouds:
     """Clouds of any sizes, one after another: cloud i is points[offsets[i] : offsets[i + 1]]."""
 
-    points: Tensor  # (T, 3) float32, possibly mapped from a file larger than memory
+    points: Tensor  # (T, 3) float32, possibly mapped from a file
     offsets: Tensor  # (number of clouds + 1,) int64
     names: list[str]
     labels: Tensor | None = None  # one per cloud, int64 indices into classes
@@ -47,7 +47,7 @@ class Clouds:
     part_ranges: list | None = None  # (first, last + 1) of each class's parts
     part_names: list[str] = field(default_factory=list)  # if the data set has them
     normalized: bool = True  # False: samples are used as stored
-    largest: int = 0  # points of the largest cloud if known, so that sample waits for no GPU
+    largest: int = 0  # points of the largest cloud, if known: sample then waits for no GPU
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,6 +55,15 @@ class Clouds:
     def __getitem__(self, i: int) -> Tensor:
         """The points of cloud i, (n, 3) float32, without a copy."""
         return self.points[self.offsets[i] : self.offsets[i + 1]]
+
+    def identities(self) -> list[str]:
+        """Each cloud's name, number of points, and bytes of its first and its last point, by which
+        --resume notices other clouds of the same names."""
+        first = self.points[self.offsets[:-1]]
+        last = self.points[self.offsets[1:] - 1]
+        ends = torch.cat([first, last], dim=1).cpu().numpy()  # (number of clouds, 6)
+        rows = zip(self.names, self.offsets.diff().tolist(), ends, strict=True)
+        return [f"{name} {size} {end.tobytes().hex()}" for name, size, end in rows]
 
     def to(self, device: torch.device | str) -> "Clouds":
         """The same clouds with all tensors on `device`."""
@@ -65,16 +74,16 @@ class Clouds:
     def select(self, indices: Tensor | list[int] | range) -> "Clouds":
         """The clouds `indices`, in that order; a view if they follow one another."""
         indices = torch.as_tensor(indices).reshape(-1)
-        start = self.offsets[indices].tolist()
-        end = self.offsets[indices + 1].tolist()
+        start = self.offsets[indices]
+        size = self.offsets.diff()[indices]
+        offsets = torch.nn.functional.pad(size.cumsum(0), (1, 0))
         if (indices.diff() == 1).all():
-            rows = slice(start[0], end[-1])
+            rows = slice(int(start[0]), int(start[-1] + size[-1]))
         else:
-            rows = torch.cat([torch.arange(a, b) for a, b in zip(start, end, strict=True)])
-        sizes = self.offsets.diff()[indices]
-        selected = replace(self, points=self.points[rows])
-        selected.offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        selected.names = [self.names[i] for i in indices.tolist()]
+            rows = (start - offsets[:-1]).repeat_interleave(size)
+            rows += torch.arange(len(rows), device=rows.device)
+        names = [self.names[i] for i in indices.tolist()]
+        selected = replace(self, points=self.points[rows], offsets=offsets, names=names)
         if self.labels is not None:
             selected.labels = self.labels[indices]
         if self.parts is not None:
@@ -83,14 +92,16 @@ class Clouds:
 
     def sample(self, indices: Tensor, num_points: int, generator: Generator | None = None) -> tuple:
         """A random `num_points` of each cloud, in random order; a smaller cloud is repeated.
-        indices (B,) -> xyz (B, num_points, 3) float32, normalised anew if `normalized`, on the
-        generator's device, and flat (B, num_points) int64, the chosen rows of `points`."""
+        indices (B,) -> xyz (B, num_points, 3) float32, normalised anew if `normalized`,
+        and flat (B, num_points) int64, the rows of `points`; xyz is on the generator's device."""
         # Sketch, for three points of a cloud of two points and of a cloud of four:
         #   keys    0.7  0.1   2    2   |  0.3  0.9  0.2  0.5    random, 2 beyond a cloud's end
         #   order    1    0    2        |   2    0    3          places of the smallest keys
         #   turn     0    1    0        |   0    1    2          a smaller cloud begins again
         #   chosen   1    0    1        |   2    0    3          order[turn]
-        device = self.points.device if generator is None else generator.device
+        device = self.points.device
+        if generator is not None:
+            device = generator.device
         indices = indices.to(self.offsets.device)
         start = self.offsets[indices].to(device)  # (B,)
         size = self.offsets.diff()[indices].to(device)  # (B,)
@@ -122,10 +133,12 @@ def check_sizes(clouds: Clouds, num_group: int, group_size: int, points: int) ->
 
 @torch.no_grad()
 def each_cloud(function: Callable, clouds: Clouds, num_points: int | None = None) -> list:
-    """What `function`, of xyz (B, n, 3), gives for each cloud, in batches of clouds of one size.
-    With `num_points` it sees so many, as in files.read_cloud: the first, or all, repeated."""
+    """What `function`, of xyz (B, n, 3), gives for each cloud, in batches of one size. With
+    `num_points` it sees so many, as in files.read_cloud: the first, or all, repeated."""
     sizes = clouds.offsets.diff()
-    seen = sizes if num_points is None else torch.full_like(sizes, num_points)
+    seen = sizes
+    if num_points is not None:
+        seen = torch.full_like(sizes, num_points)
     values = [None] * len(clouds)
     for size in seen.unique().tolist():
         for indices in (seen == size).nonzero()[:, 0].split(64):
@@ -139,7 +152,7 @@ def each_cloud(function: Callable, clouds: Clouds, num_points: int | None = None
 
 
 def subsample(clouds: Clouds, num_points: int, device: torch.device | str) -> Clouds:
-    """The clouds on `device`, each thinned to its 75/64 num_points farthest points, in their order:
+    """The clouds on `device`, each thinned to its 75/64 num_points farthest points, in order:
     training samples 1024 of 1200 or 2048 of 2400 (Sec. 5), evaluation takes the first."""
 
     def farthest(xyz):
@@ -159,7 +172,7 @@ def normalize(points: np.ndarray) -> np.ndarray:
     """(n, 3) -> float32, centroid 0, radius 1; UserError if all are equal."""
     points = np.asarray(points, np.float64)
     if len(points) == 0 or (points == points[0]).all():
-        raise act.UserError(f"expected different points, got {len(points)} equal")
+        raise act.UserError(f"expected different points, got {len(points)} at one place")
     points = points / np.abs(points).max()  # so that no square overflows
     points = points - points.mean(0)
     return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
@@ -187,6 +200,7 @@ def farthest_points(xyz: np.ndarray, num: int) -> np.ndarray:
     for i in range(1, num):
         x, y, z = planes - planes[:, chosen[i - 1], None]
         np.minimum(nearest, x * x + y * y + z * z, out=nearest)
+        nearest[chosen[i - 1]] = -1  # below its copies: no index comes twice
         chosen[i] = nearest.argmax()
     return chosen
 

@@ -15,16 +15,20 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import act
-from util import clouds, files, synthetic
+from util import clouds, files, run, synthetic
 from util.clouds import Clouds, Room, Scene
 
 SCAN_FILES = {  # variant of ScanObjectNN -> its training clouds
@@ -46,6 +50,8 @@ SCANNET_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 SCANNET = dict(zip(SCANNET_CLASSES, SCANNET_IDS, strict=True))  # class -> its nyu40 id
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 ROOMS = ((7, 400), (8, 48))  # synthetic scenes to train and to test on: area (its seed), number
+MAX_LABELS = 64  # of points whose labels have no names; a column of more values is a colour
+H5_NAME = re.compile(r"(.*)(train|test|val)(?:ing|idation)?_?(\d*)(.*)\.h5")  # split, part
 
 
 @dataclass
@@ -55,7 +61,7 @@ class Dataset:  # clouds to train and to test on
     test: Clouds
     everything: Clouds | None = None  # both, if the published pretraining takes both
     notes: list[str] = field(default_factory=list)  # what whoever reads the results must know
-    unit = "clouds"
+    unit = "cloud"
 
 
 @dataclass
@@ -65,20 +71,29 @@ class RoomSet:  # rooms, or Scenes, to train and to test on
     test: list
     classes: list[str]
     notes: list[str] = field(default_factory=list)
-    unit = "rooms"
+    unit = "room"
+
+
+class Options(NamedTuple):  # of open_dataset
+    cache: str | Path | None = None
+    variant: str = "PB_T50_RS"
+    area: int = 5
+    drop_invalid: bool = False
 
 
 def describe(dataset: Dataset | RoomSet) -> str:
     """One line: name, sizes of the splits, number and names of the classes, notes."""
     has_rooms = isinstance(dataset, RoomSet)
     classes = dataset.classes if has_rooms else dataset.train.classes or dataset.train.part_names
-    text = f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test "
-    text += f"{dataset.unit}, {len(classes)} classes"
+    num_test = len(dataset.test)
+    text = f"{dataset.name}: {len(dataset.train)} training and {num_test} test {dataset.unit}"
+    text += f"{'s' * (num_test != 1)}, {len(classes)} class{'es' * (len(classes) != 1)}"
     if 0 < len(classes) <= 40:
         text += f": {', '.join(classes)}"
     return "; ".join([text] + dataset.notes)
 
 
+# -- Which files, and their splits ----------------------------------------------------------------
 @dataclass
 class Entry:  # a file of a data set
     name: str  # its path below the root, with slashes
@@ -87,30 +102,66 @@ class Entry:  # a file of a data set
     parts: tuple | None = None  # (first, last + 1) of the labels of its points, if it holds them
 
 
-def find_clouds(paths: list, suffixes: tuple = tuple(files.READERS)) -> list[Path]:
-    """The clouds below folders. A path without any stays: reading it says what is wrong."""
+def find_clouds(paths: list) -> list[Path]:
+    """The clouds below folders; a path without any stays. Says on stderr what it skips."""
     chosen = []
     for path in map(Path, paths):
         found = []
-        for file in files.list_files(path) if path.is_dir() else []:
-            suffix = file.suffix.lower()
-            if suffix == ".txt" and file.is_file() and not files.holds_points(file):
-                continue
-            if suffix in suffixes or not file.exists():  # A dangling link is named when it is read.
-                found.append(file)
+        if path.is_dir():
+            found, notes = survey(path)
+            for note in notes:
+                print(f"{path}: {note}", file=sys.stderr, flush=True)
         chosen += found or [path]
-    return chosen
+    return list(dict.fromkeys(chosen))
+
+
+def survey(folder: Path, suffixes: tuple = tuple(files.READERS)) -> tuple[list[Path], list[str]]:
+    """The clouds below a folder, and notes of the files that are none (those of other types, texts
+    without points, pictures of our own runs) and of the folders that hold none."""
+    listed = [path for path in files.list_files(folder) if path.name != "classes.txt"]
+    logs = filter(lambda path: path.name == "metrics.jsonl", listed)
+    runs = {path.parent for path in logs if path.with_name("config.json").is_file()}
+    taken = []
+    filled = set()
+    skipped = Counter()
+    for path in listed:
+        suffix = path.suffix.lower()
+        is_cloud = suffix in suffixes or not path.exists()  # Reading a dangling link names it.
+        if is_cloud and suffix in (".txt", ".csv") and path.is_file():
+            is_cloud = files.holds_points(path)
+        if is_cloud and runs.isdisjoint(path.parents):
+            taken.append(path)
+            filled.update(path.parents)
+        else:
+            skipped[suffix or path.name] += 1
+    empty = []
+    for above, names, _ in os.walk(folder):
+        for name in sorted(names):
+            path = Path(above, name)
+            if path.parent in filled and path not in filled and name[0] != ".":
+                empty.append(path.relative_to(folder).as_posix())
+    notes = []
+    if skipped:
+        counts = [f"{number} {suffix}" for suffix, number in skipped.most_common()]
+        notes.append(f"skipped: {', '.join(counts)}")
+    for suffix in sorted(skipped.keys() & files.CONVERSIONS.keys()):
+        notes.append(f"to read a {suffix}: {files.CONVERSIONS[suffix]}")
+    if runs:
+        notes.append(f"not read, as of a run of ours: {', '.join(map(str, sorted(runs)))}")
+    if empty:
+        notes.append(f"no clouds in {', '.join(empty)}")
+    return taken, notes
 
 
 def list_clouds(folder: Path, labelled: bool = False) -> tuple[list[Entry], list[str]]:
     """The clouds below a folder with their splits, and notes; `labelled`: files.LABELLED alone."""
     suffixes = files.LABELLED if labelled else tuple(files.READERS)
-    found = find_clouds([folder], suffixes)
-    if found == [folder]:
-        raise act.UserError(f"{folder}: expected files {' '.join(suffixes)}, got none")
+    found, skipped = survey(folder, suffixes)
+    if not found:
+        expected = f"{folder}: expected a folder with files {' '.join(suffixes)}, got none"
+        raise act.UserError("; ".join([expected] + skipped))
     names = [path.relative_to(folder).as_posix() for path in found]
     level = split_level(names)
-    notes = []
     entries = []
     for name in names:
         entry = Entry(name, parts=(0, 256) if labelled else None)
@@ -119,15 +170,12 @@ def list_clouds(folder: Path, labelled: bool = False) -> tuple[list[Entry], list
                 entry.split = split_name(above)
             elif not labelled:
                 entry.label = entry.label or above
-        if entry.label and split_name(entry.label):
-            notes = [f"the folder {entry.label} is a class"]
         entries.append(entry)
-    notes += choose_splits(folder, entries)
-    others = set(files.list_files(folder)) - set(found)
-    skipped = sum(path.suffix.lower() == ".txt" and path.name != "classes.txt" for path in others)
-    if skipped:
-        notes.insert(0, f"{skipped} .txt files without points skipped")
-    return entries, notes
+    notes = []
+    for label in sorted({entry.label or "" for entry in entries}):
+        if split_name(label):
+            notes.append(f"the folder {label} is a class")
+    return entries, skipped + notes + choose_splits(folder, entries)
 
 
 def split_name(folder):
@@ -149,7 +197,7 @@ def split_level(names):
 
 def choose_splits(folder, entries):
     """Folders say the splits, else a hash of the names, a fifth of each class. Returns notes."""
-    splits = {entry.split for entry in entries}
+    splits = set(map(attrgetter("split"), entries))
     if splits != {None}:
         becomes = "train" if "test" in splits else "test"
         for entry in entries:
@@ -174,13 +222,14 @@ def choose_splits(folder, entries):
     return ["a fixed fifth is the test set"]
 
 
-def read_cached(root, entries, cache, columns):
+# -- Reading, once ---------------------------------------------------------------------------------
+def read_cached(root, entries, options, columns):
     """The rows (T, columns) float32 of all files, and offsets (files + 1,), mapped from a cache."""
-    folder = Path(cache or root)
-    if not cache and not os.access(root, os.W_OK):
+    folder = Path(options.cache or root)
+    if not options.cache and not os.access(root, os.W_OK):
         folder = Path(tempfile.gettempdir(), f"clouds-cache-{Path(os.path.expanduser('~')).name}")
     folder.mkdir(parents=True, exist_ok=True)
-    state = [clouds.MAX_POINTS, files.MESH_POINTS]
+    state = [clouds.MAX_POINTS, files.MESH_POINTS, options.drop_invalid]
     for entry in entries:
         path = root / entry.name
         if path.exists():  # else reading it names it
@@ -188,77 +237,73 @@ def read_cached(root, entries, cache, columns):
     keys = [[os.path.realpath(root), columns], state]
     hashes = [hashlib.sha256(ascii(key).encode()).hexdigest()[:12] for key in keys]
     stem = folder / f".clouds-{hashes[0]}-{hashes[1]}"
-    if map_cache(stem) is None:
-        print(f"reading {len(entries)} clouds into {stem}.points.npy, once", file=sys.stderr)
-        write_cache(stem, root, entries, columns)
-    return map_cache(stem)
+    if map_cache(stem, columns) is None:
+        print(f"reading {len(entries)} clouds into {stem}.points, once", file=sys.stderr)
+        write_cache(stem, root, entries, options.drop_invalid)
+    return map_cache(stem, columns)
 
 
-def map_cache(stem):
+def map_cache(stem, columns):
     """The two tensors of a cache, or None if it is absent or damaged."""
     with contextlib.suppress(OSError, act.UserError), files.parsing():
-        rows = np.load(f"{stem}.points.npy", mmap_mode="c")  # private, and writable for torch
+        rows = np.memmap(f"{stem}.points", "<f4", "c").reshape(-1, columns)  # writable, in memory
         offsets = np.load(f"{stem}.offsets.npy")
-        if rows.ndim == 2 and offsets[-1] == len(rows):
+        if offsets[-1] == len(rows):
             return torch.from_numpy(rows), torch.from_numpy(offsets)
     return None
 
 
-def write_cache(stem, root, entries, columns):
-    """Writes the cache in place of earlier ones of the folder; a UserError names broken files."""
+def write_cache(stem, root, entries, drop_invalid):
+    """Writes the cache in place of earlier ones of the folder. Broken files are named on stderr."""
     offsets = [0]
     broken = []
-    header = {"descr": "<f4", "fortran_order": False, "shape": (0, columns)}
-    with files.complete_file(f"{stem}.points.npy") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for entry in entries:
+    with files.complete_file(f"{stem}.points") as file:
+        for entry in run.progress(entries, f"{root}: files read"):
             try:
-                rows = read_rows(root / entry.name, entry.parts)
+                rows = read_rows(root / entry.name, entry.parts, drop_invalid)
                 file.write(rows.astype("<f4").tobytes())
                 offsets.append(offsets[-1] + len(rows))
             except act.UserError as error:
-                broken.append(str(error))
+                print(error, file=sys.stderr, flush=True)
+                broken.append(entry.name)
         if broken:
-            raise act.UserError("; ".join(broken))
-        # The number of rows is known only now. numpy leaves room in the header for any number.
-        header["shape"] = (offsets[-1], columns)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header)
+            got = f"got {len(broken)} of {len(entries)} broken: {', '.join(broken[:9])}"
+            raise act.UserError(f"{root}: expected files that can be read, {got}")
     with files.complete_file(f"{stem}.offsets.npy") as file:
         np.save(file, np.array(offsets, np.int64))
-    for path in stem.parent.glob(f"{stem.name[:-12]}*.npy"):
+    for path in stem.parent.glob(f"{stem.name[:-12]}*"):
         if not path.name.startswith(stem.name):
             path.unlink(missing_ok=True)
 
 
-def read_rows(path, parts):
+def read_rows(path, parts, drop_invalid):
     """A file as the cache keeps it: normalised x y z and, if it holds labels, the label."""
     if parts is None:
-        return files.read_cloud(path, points=None)
+        return files.read_cloud(path, points=None, drop_invalid=drop_invalid)
     with files.reading(path):
         xyz, labels = files.read_labelled(path, *parts)
         xyz = clouds.normalize(clouds.limit_points(xyz))
         return np.column_stack([xyz, clouds.limit_points(labels)])
 
 
-def read_files(name, root, entries, cache, classes=None, notes=(), pretrain_on_all=False):
+def read_files(name, root, entries, options, classes=None, notes=(), pretrain_on_all=False):
     """The Dataset of all entries, sorted by name, a single one for both splits."""
-    num_train = sum(entry.split == "train" for entry in entries)
+    entries.sort(key=lambda entry: (entry.split == "test", entry.name))
+    names, splits, labels = zip(*map(attrgetter("name", "split", "label"), entries), strict=True)
+    num_train = splits.count("train")
     if len(entries) != 1 and num_train in (0, len(entries)):
         raise act.UserError(f"{root}: expected training and test clouds, got one kind alone")
-    entries.sort(key=lambda entry: (entry.split == "test", entry.name))
     columns = 3 + bool(entries[0].parts)
-    rows, offsets = read_cached(root, entries, cache, columns)
-    whole = Clouds(rows[:, :3], offsets, [entry.name for entry in entries])
+    rows, offsets = read_cached(root, entries, options, columns)
+    whole = Clouds(rows[:, :3], offsets, list(names))
     if columns > 3:
         whole.parts = rows[:, 3].long()
-    labels = [entry.label for entry in entries]
     if None not in labels:
         whole.classes = list(classes or sorted(set(labels)))
         unknown = sorted(set(labels) - set(whole.classes))
         if unknown:
             raise act.UserError(f"{root}: expected classes {whole.classes}, got {unknown}")
-        whole.labels = torch.tensor([whole.classes.index(label) for label in labels])
+        whole.labels = torch.tensor(list(map(whole.classes.index, labels)))
     dataset = Dataset(name, whole, whole, whole if pretrain_on_all else None, list(notes))
     if len(entries) > 1:
         dataset.train = whole.select(range(num_train))
@@ -266,30 +311,39 @@ def read_files(name, root, entries, cache, classes=None, notes=(), pretrain_on_a
     return dataset
 
 
-def pack_arrays(path, arrays, labels=None, classes=None):
-    """The Clouds of the arrays (n, 3 or more) in one file, which come from outside unchecked."""
+def pack_arrays(sources, classes=None, drop_invalid=False):
+    """The Clouds of arrays (n, 3 or more) that come from outside unchecked. A source is a file's
+    path, its arrays, and their labels or None."""
     packed = []
-    offsets = [0]
-    with files.reading(path):
-        if not isinstance(arrays, (list, tuple)) or not arrays:
-            raise act.UserError(f"expected a list of one cloud or more, got {str(arrays)[:80]}")
-        for array in arrays:
-            if not isinstance(array, np.ndarray):
-                raise act.UserError(f"expected arrays of points, got {type(array).__name__}")
-            points = clouds.limit_points(files.check_points(array))
-            packed.append(torch.from_numpy(points).float())
-            offsets.append(offsets[-1] + len(points))
-        names = [f"{path.stem}_{i:05d}" for i in range(len(packed))]
-        split = Clouds(torch.cat(packed), torch.tensor(offsets), names, classes=list(classes or []))
-        if labels is not None:
-            with files.parsing():  # numpy refuses lists of unequal lengths
-                numbers = np.asarray(labels).reshape(-1)
-            fits = len(numbers) == len(packed) and numbers.dtype.kind in "fiub"
-            count = len(classes or range(1000))
-            if not fits or not np.isin(numbers, np.arange(count)).all():
-                raise act.UserError(f"expected {len(packed)} labels below {count}, got {numbers}")
-            split.labels = torch.from_numpy(numbers.astype(np.int64))
+    names = []
+    numbers = []
+    for path, arrays, labels in sources:
+        with files.reading(path):
+            if not isinstance(arrays, (list, tuple)) or not arrays:
+                raise act.UserError(f"expected a list of one cloud or more, got {str(arrays)[:80]}")
+            for i, array in enumerate(arrays):
+                if not isinstance(array, np.ndarray):
+                    raise act.UserError(f"expected arrays of points, got {type(array).__name__}")
+                points = clouds.limit_points(files.check_points(array, drop_invalid))
+                packed.append(torch.from_numpy(points).float())
+                names.append(f"{path.stem}_{i:05d}")
+            if labels is not None:
+                numbers.append(check_labels(labels, len(arrays), len(classes or range(1000))))
+    offsets = torch.tensor([0] + list(map(len, packed))).cumsum(0)
+    split = Clouds(torch.cat(packed), offsets, names, classes=list(classes or []))
+    if numbers:
+        split.labels = torch.from_numpy(np.concatenate(numbers))
     return split
+
+
+def check_labels(labels, count, num_classes):
+    """`count` labels below num_classes, (count,) or (count, 1) of any type of number, as int64."""
+    with files.parsing():  # numpy refuses lists of unequal lengths
+        numbers = np.asarray(labels).reshape(-1)
+    fits = len(numbers) == count and numbers.dtype.kind in "fiub"
+    if not fits or not np.isin(numbers, np.arange(num_classes)).all():
+        raise act.UserError(f"expected {count} labels below {num_classes}, got {numbers}")
+    return numbers.astype(np.int64)
 
 
 # -- Pickles, of which arrays and plain values are read -------------------------------------------
@@ -319,9 +373,6 @@ class ArrayUnpickler(pickle.Unpickler):
         "numpy.dtype": PickledDtype,
         "numpy._core.multiarray._reconstruct": lambda *_: PickledArray(0),
         "numpy._core.multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.dtype)[0],
-        "numpy._core.numeric._frombuffer": lambda data, kind, shape, order: (  # protocol 5
-            np.frombuffer(data, kind.dtype).reshape(shape, order=order)
-        ),
         "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes of protocols 0 to 2
     }
 
@@ -352,27 +403,30 @@ def read_episode(path: Path | str, way: int) -> tuple[Clouds, Clouds]:
     for split in ("train", "test"):
         with files.reading(path), files.parsing():  # a foreign pickle can hold anything
             arrays, labels = list(zip(*fold[split], strict=True))[:2]
-        splits.append(pack_arrays(path, arrays, labels, classes))
+        splits.append(pack_arrays([(path, arrays, labels)], classes))
     return tuple(splits)
 
 
-# -- Published data sets, by functions that all take the options of open_dataset ------------------
+# -- Published data sets ---------------------------------------------------------------------------
 def read_words(path):
     with files.reading(path):
         return path.read_text("utf-8", errors="replace").split()
 
 
-def open_shapenet(root, cache, variant, area):
+def open_shapenet(root, options):
     """ShapeNet-55 of Point-BERT: shapenet_pc/<synset>-<model>.npy, and two lists."""
     lists = root / "ShapeNet-55" if (root / "ShapeNet-55").is_dir() else root
     entries = []
     for split in ("train", "test"):
+        if not (lists / f"{split}.txt").is_file():
+            hint = f"--data {root / 'shapenet_pc'} needs none"
+            raise act.UserError(f"{root}: expected lists ShapeNet-55/{split}.txt, got none; {hint}")
         for name in read_words(lists / f"{split}.txt"):
             entries.append(Entry(name, split, name.split("-")[0]))
-    return read_files("ShapeNet-55", root / "shapenet_pc", entries, cache, pretrain_on_all=True)
+    return read_files("ShapeNet-55", root / "shapenet_pc", entries, options, pretrain_on_all=True)
 
 
-def open_modelnet(root, cache, variant, area):
+def open_modelnet(root, options):
     """ModelNet40: texts and two lists, or Point-BERT's pickles of [clouds (n, 6), labels]."""
     stated = root / "modelnet40_shape_names.txt"
     classes = read_words(stated) if stated.is_file() else None
@@ -383,43 +437,80 @@ def open_modelnet(root, cache, variant, area):
             content = read_pickle(path)
             with files.reading(path), files.parsing():  # a foreign pickle can hold anything
                 arrays, labels = content
-            splits.append(pack_arrays(path, arrays, labels, classes))
+            source = (path, arrays, labels)
+            splits.append(pack_arrays([source], classes, options.drop_invalid))
         return Dataset("ModelNet40", *splits)
     entries = []
     for split in ("train", "test"):
         for name in read_words(root / f"modelnet40_{split}.txt"):
             label = name.rpartition("_")[0]  # night_stand_0001 -> night_stand
             entries.append(Entry(f"{label}/{name}.txt", split, label))
-    return read_files("ModelNet40", root, entries, cache, classes)
+    return read_files("ModelNet40", root, entries, options, classes)
 
 
-def open_h5(path, cache, variant, area):
-    """The training .h5, or ScanObjectNN's `variant`, used as stored, and the test .h5 beside it."""
+def open_h5(path, options):
+    """Files *train*.h5 and *test*.h5 of one folder, numbered parts of them joined, with classes
+    named in shape_names.txt; or ScanObjectNN's `variant`, which is used as stored."""
     found = [path]
     if path.is_dir():
         found = [file for file in files.list_files(path) if file.match("*train*.h5")]
-    is_scan = any("objectdataset" in file.name for file in found)
+    shown = " ".join(str(file.absolute()) for file in found)
+    is_scan = "objectdataset" in shown
     if is_scan and path.is_dir():
-        wanted = SCAN_FILES[variant]
-        if not any("main_split" in str(file.absolute()) for file in found):
+        wanted = SCAN_FILES[options.variant]
+        if "main_split" not in shown:
             wanted = Path(wanted).name  # the folder has another name
         found = [file for file in found if file.absolute().match(wanted)]
-    if len(found) != 1 or "train" not in found[0].name:
-        raise act.UserError(f"{path}: expected one train .h5 (of {variant}), got {len(found)}")
-    test_name = found[0].name.replace("training", "test").replace("train", "test")
+    entries = h5_parts(found[0]) if found else []
+    parts = [entry.name for entry in entries if entry.split == "train"]
+    if not found or not set(found) <= set(parts):
+        got = " ".join(map(str, found)) or "none"
+        raise act.UserError(f"{path}: expected one train .h5 of {options.variant}, got {got}")
+    if path.is_file() and len(parts) > 1:
+        raise act.UserError(f"{path}: expected its folder, got one of {len(parts)} parts")
+    stated = found[0].with_name("shape_names.txt")
+    classes = SCAN_CLASSES if is_scan else None
+    if stated.is_file():
+        classes = read_words(stated)
+    notes = choose_splits(path, entries)
     splits = []
-    for file in (found[0], found[0].with_name(test_name)):
-        with files.reading(file):
-            h5py = files.require("h5py")
-            with files.parsing(), h5py.File(file, "r") as content:
-                arrays = list(content["data"][:])
-                labels = content["label"][:]
-        splits.append(pack_arrays(file, arrays, labels, SCAN_CLASSES if is_scan else None))
+    for split in ("train", "test"):
+        sources = [read_h5(entry.name) for entry in entries if entry.split == split]
+        splits.append(pack_arrays(sources, classes, options.drop_invalid))
         splits[-1].normalized = not is_scan
-    return Dataset(f"ScanObjectNN ({found[0].stem})" if is_scan else path.stem, *splits)
+    name = f"ScanObjectNN ({found[0].stem})" if is_scan else path.stem
+    return Dataset(name, *splits, notes=notes)
 
 
-def open_shapenet_part(root, cache, variant, area):
+def h5_parts(file):
+    """Entries of the .h5 files whose names are that of `file` but for the split and the number of
+    a part, in the order of the numbers."""
+    around = H5_NAME.fullmatch(file.name)
+    numbered = []
+    for beside in file.parent.glob("*.h5"):
+        match = H5_NAME.fullmatch(beside.name)
+        if match and around and match.group(1, 4) == around.group(1, 4):
+            numbered.append((match[2], int(match[3] or -1), beside))
+    for split in ("train", "val", "test"):
+        numbers = sorted(number for name, number, _ in numbered if name == split)
+        count = len(numbers)
+        if count > 1 and numbers not in (list(range(count)), list(range(1, count + 1))):
+            expected = f"{file.parent}: expected {split} parts numbered from 0 or 1"
+            raise act.UserError(f"{expected}, got {numbers}")
+    if len({split for split, _, _ in numbered}) == 1:
+        raise act.UserError(f"{file}: expected *train*.h5 and *test*.h5, got one of them")
+    return [Entry(path, split) for split, _, path in sorted(numbered)]
+
+
+def read_h5(path):
+    """A file of `data` (n, P, 3 or more) and `label` (n,) or (n, 1), as pack_arrays takes it."""
+    with files.reading(path):
+        h5py = files.require("h5py")
+        with files.parsing(), h5py.File(path, "r") as content:
+            return path, list(content["data"][:]), content["label"][:]
+
+
+def open_shapenet_part(root, options):
     """ShapeNetPart with normals: <synset>/<model>.txt, and lists; training takes train and val."""
     words = read_words(root / "synsetoffset2category.txt")
     classes = words[::2]
@@ -436,15 +527,15 @@ def open_shapenet_part(root, cache, variant, area):
             if label is None or "/" not in name:
                 raise act.UserError(f"{path}: expected shape_data/<synset>/<model>, got {name}")
             entries.append(Entry(f"{name}.txt", split, label, SHAPENET_PARTS[label]))
-    dataset = read_files("ShapeNetPart", root, entries, cache, classes)
+    dataset = read_files("ShapeNetPart", root, entries, options, classes)
     for split in (dataset.train, dataset.test):
         split.part_ranges = list(map(SHAPENET_PARTS.get, classes))
     return dataset
 
 
-def open_blocks(root, cache, variant, area):
+def open_blocks(root, options):
     """S3DIS as clouds without labels: blocks of 1 m x 1 m with 1024 points or more, z up."""
-    rooms = open_rooms(root, area)
+    rooms = open_rooms(root, options.area)
     splits = []
     for split in (rooms.train, rooms.test):
         blocks = []
@@ -454,38 +545,44 @@ def open_blocks(root, cache, variant, area):
                 block = room.xyz[which.reshape(-1) == i]
                 if len(block) >= 1024:
                     blocks.append(block)
-        splits.append(pack_arrays(root, blocks))
+        splits.append(pack_arrays([(root, blocks, None)]))
     return Dataset("S3DIS", *splits, notes=rooms.notes + ["blocks of 1 m x 1 m"])
 
 
-def open_clouds(path, cache, variant, area):
+def open_clouds(path, options):
     """A folder of own clouds: see open_dataset; or a file, one cloud to train and to test on."""
     if path.is_file():
-        xyz = torch.from_numpy(files.read_cloud(path, points=None))
+        xyz = torch.from_numpy(read_rows(path, None, options.drop_invalid))
         cloud = Clouds(xyz, torch.tensor([0, len(xyz)]), [path.name])
         return Dataset(path.name, cloud, cloud, notes=["one cloud to train and test on"])
     entries, notes = list_clouds(path)
-    dataset = read_files(path.absolute().name, path, entries, cache, notes=notes)
+    dataset = read_files(path.absolute().name, path, entries, options, notes=notes)
     without = [entry.name for entry in entries if entry.label is None]
     if 0 < len(without) < len(entries):
         dataset.notes.append(f"no classes, since {without[0]} is in no class folder")
     return dataset
 
 
-# A name in the root of a published data set, and what opens it: the first that fits.
-LAYOUTS = {"shapenet_pc": open_shapenet, "modelnet40_*": open_modelnet, "h5_files": open_h5}
-LAYOUTS |= {"main_split*": open_h5, "*.h5": open_h5, "Area_[0-9]*": open_blocks}
+# A name in the root of a published data set, or the suffix of a file: the first that fits opens it.
+LAYOUTS = {"shapenet_pc": open_shapenet, "modelnet40_ply_hdf5_2048": open_h5}
+LAYOUTS |= {"modelnet40_*.*": open_modelnet, "h5_files": open_h5, "main_split*": open_h5}
+LAYOUTS |= {"*train*.h5": open_h5, ".h5": open_h5, "Area_[0-9]*": open_blocks}
 LAYOUTS |= {"synsetoffset2category.txt": open_shapenet_part}
 
 
 def open_dataset(
-    data: str | Path, cache: str | Path | None = None, variant: str = "PB_T50_RS", area: int = 5
+    data: str | Path,
+    cache: str | Path | None = None,
+    variant: str = "PB_T50_RS",
+    area: int = 5,
+    drop_invalid: bool = False,
 ) -> Dataset:
     """'synthetic', the root of a published data set, a train .h5, a folder of clouds or one cloud.
 
     Sub-folders are classes; train, test and val, above or below them, are splits, else a fixed
     fifth of each class is the test set. Clouds are read once, into `cache`, else the folder, else
-    the temporary folder. variant: a key of SCAN_FILES; area: the test area of S3DIS."""
+    the temporary folder. variant: a key of SCAN_FILES; area: the test area of S3DIS; drop_invalid:
+    points that are not finite are left out, else an error."""
     if data == "synthetic":
         test = synthetic.synthetic_clouds(20, seed=1)
         return Dataset("synthetic shapes", synthetic.synthetic_clouds(50, seed=0), test)
@@ -495,7 +592,7 @@ def open_dataset(
     with files.reading(path):
         names = os.listdir(path) if path.is_dir() else [path.suffix]
         openers = [LAYOUTS[key] for key in LAYOUTS if fnmatch.filter(names, key)] + [open_clouds]
-        dataset = openers[0](path, cache, variant, area)
+        dataset = openers[0](path, Options(cache, variant, area, drop_invalid))
     if dataset.train.labels is not None and not dataset.train.classes:
         count = 1 + int(max(dataset.train.labels.max(), dataset.test.labels.max()))
         dataset.train.classes = [f"class {i}" for i in range(count)]
@@ -516,25 +613,45 @@ def open_parts(data: str | Path, cache: str | Path | None = None) -> Dataset:
     root = Path(data)
     with files.reading(root):
         if (root / "synsetoffset2category.txt").is_file():
-            return open_shapenet_part(root, cache, variant=None, area=None)
+            return open_shapenet_part(root, Options(cache))
         entries, notes = list_clouds(root, labelled=True)
-        dataset = read_files(root.absolute().name, root, entries, cache, notes=notes)
-        last = max(dataset.train.parts.max(), dataset.test.parts.max())
+        dataset = read_files(root.absolute().name, root, entries, Options(cache), notes=notes)
+        labels = torch.cat([dataset.train.parts, dataset.test.parts])
+        names = label_names(root, entries[0].name, labels)
         for split in (dataset.train, dataset.test):
-            split.part_names = label_names(root, int(last))
-            split.part_ranges = [(0, len(split.part_names))]
+            split.part_names = names
+            split.part_ranges = [(0, len(names))]
         return dataset
 
 
-def label_names(root, last):
-    """Names of the labels 0 to `last`: the lines of classes.txt, else "label 0" and so on."""
-    path = root / "classes.txt"
-    if not path.is_file():
-        return [f"label {i}" for i in range(last + 1)]
-    names = list(map(str.strip, files.text_lines(path)))
-    if len(names) <= last:
-        raise act.UserError(f"{path}: expected {last + 1} names, got {len(names)}")
-    return names
+def label_names(root, name, labels):
+    """Names of the labels (n,) of a folder, from 0 on: the lines of classes.txt, else "label 0" and
+    so on. Without names those of its file `name`, or so many, must not look like colours."""
+    stated = root / "classes.txt"
+    count = int(labels.max()) + 1
+    if stated.is_file():
+        names = list(map(str.strip, files.text_lines(stated)))
+        if len(names) < count:
+            raise act.UserError(f"{stated}: expected {count} names, got {len(names)}")
+        return names
+    number = len(np.unique(labels))
+    if number > MAX_LABELS or ends_in_colors(root / name):
+        expected = "expected a last column of labels, named in classes.txt"
+        raise act.UserError(f"{root / name}: {expected}, got {number} labels like colours")
+    return [f"label {i}" for i in range(count)]
+
+
+def ends_in_colors(path):
+    """Whether three columns of bytes, not four, end the rows of a file: r, g and b."""
+    if path.suffix.lower() == ".npy":
+        rows = files.read_numpy(path)
+    else:
+        lines = files.text_lines(path)
+        lines = lines[max(len(lines) // 2, len(lines) - 9999) :]  # without names of columns
+        lines = [re.sub("[,;]", " ", line) for line in lines]
+        rows = np.genfromtxt(lines, ndmin=2, invalid_raise=False)
+    is_byte = np.isin(rows[:, 3:], np.arange(256)).all(axis=0)  # (columns - 3,)
+    return len(is_byte) >= 3 and is_byte[-3:].all() and not is_byte[-4:-3].any()
 
 
 def open_rooms(data: str | Path, area: int = 5, density: float = 1200.0) -> RoomSet:
@@ -560,7 +677,8 @@ def open_rooms(data: str | Path, area: int = 5, density: float = 1200.0) -> Room
             entries, notes = list_clouds(root, labelled=True)
             for entry in sorted(entries, key=lambda entry: entry.name):
                 rooms.append(read_room(root / entry.name, int(entry.split == "test"), 256))
-            classes = label_names(root, max(int(room.labels.max()) for room in rooms))
+            labels = np.concatenate([room.labels for room in rooms])
+            classes = label_names(root, entries[0].name, labels)
         train = [room for room in rooms if room.area != area or len(rooms) == 1]
         test = [room for room in rooms if room.area == area or len(rooms) == 1]
         if not train or not test:
@@ -577,7 +695,7 @@ def read_room(path, area, num_classes):
 def open_scans(data: str | Path, points: int) -> RoomSet:
     """Scenes with boxes: 'synthetic' of `points` or more points, or VoteNet's form of ScanNetV2."""
     if data == "synthetic":
-        train, test = [synthetic_scenes(rooms, points) for rooms in ROOMS]
+        train, test = map(synthetic_scenes, ROOMS, (points, points))
         return RoomSet("synthetic rooms", train, test, synthetic.ROOM_CLASSES[3:])
     root = Path(data)
     with files.reading(root):
@@ -615,9 +733,7 @@ def read_scans(root, list_name):
             fits = boxes.dtype.kind in "fiu" and boxes.shape[1:] == (7,)
             fits = fits and np.isfinite(boxes).all() and (boxes[:, 3:6] >= 0).all()
             if not fits or not np.isin(boxes[:, 6], SCANNET_IDS).all():
-                raise act.UserError(
-                    f"expected rows of center, size from 0, nyu40 id, got {boxes[:1]}"
-                )
+                raise act.UserError(f"expected rows center, size, nyu40 id, got {boxes[:1]}")
         labels = np.searchsorted(SCANNET_IDS, boxes[:, 6])  # The ids are sorted.
         xyz = files.read_points(root / f"{name}_vert.npy").astype(np.float32)
         scans.append(Scene(name, xyz, boxes[:, :6].astype(np.float32), labels))

@@ -1,9 +1,9 @@
 """A detector of boxes in rooms: the pretrained encoder, then the decoder of 3DETR.
 
-3DETR is Misra et al., "An End-to-End Transformer Model for 3D Object Detection" (ICCV 2021); the
-sizes and thresholds below are those of its code. Coordinates are in metres, z up. Shapes: B rooms,
-N points, G patches, Q queries, C classes, L decoder layers, D the decoder's width. A box is its
-center (3) and its size (3), with faces along the axes.
+3DETR is Misra et al., "An End-to-End Transformer Model for 3D Object Detection" (ICCV 2021), whose
+code has the sizes and thresholds below. Coordinates are in metres, z up. Shapes: B rooms, N points,
+G patches, Q queries, C classes, L decoder layers, D the decoder's width. A box is its center (3)
+and its size (3), with faces along the axes.
 """
 
 import math
@@ -186,7 +186,9 @@ def select_detections(center: Tensor, size: Tensor, logits: Tensor, xyz: Tensor)
     objectness = 1 - probability[:, -1]
     label = probability[:, :-1].argmax(dim=-1)
     boxes = torch.cat([center, size], dim=-1)
-    kept = count_points(boxes, xyz) >= MIN_POINTS  # (Q,)
+    distance = (xyz - center[:, None]).abs()  # (Q, N, 3)
+    inside = (distance <= size[:, None] / 2).all(dim=-1)  # faces included
+    kept = inside.sum(dim=1) >= MIN_POINTS  # (Q,)
     if not kept.any():
         kept[objectness.argmax()] = True
     kept &= objectness > MIN_OBJECTNESS
@@ -195,12 +197,6 @@ def select_detections(center: Tensor, size: Tensor, logits: Tensor, xyz: Tensor)
     order = order[best_of_rivals(boxes[order], label[order])]
     scores = probability[:, :-1] * objectness[:, None]
     return boxes[order], scores[order]
-
-
-def count_points(boxes: Tensor, xyz: Tensor) -> Tensor:
-    """The number of points (N, 3) in each box (Q, 6), its faces included -> (Q,)."""
-    distance = (xyz - boxes[:, None, :3]).abs()  # (Q, N, 3)
-    return (distance <= boxes[:, None, 3:] / 2).all(dim=-1).sum(dim=1)
 
 
 def best_of_rivals(boxes: Tensor, label: Tensor) -> Tensor:

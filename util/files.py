@@ -13,7 +13,7 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,8 +21,17 @@ import act
 from util import clouds
 
 MESH_POINTS = 8192  # sampled from a mesh
-LABELLED = (".npy", ".txt", ".xyz", ".pts")  # forms that may hold a label for each point
+LABELLED = (".npy", ".txt", ".xyz", ".pts", ".csv")  # forms that may hold a label for each point
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+|nan|inf)(?:e[-+]?\d+)?(?![^\s,;])"
+THREE = rf"{NUMBER}[ \t,;]+{NUMBER}[ \t,;]+{NUMBER}"
+POINT = re.compile(rf"(?i)\s*{NUMBER}[\s,;]+{NUMBER}")  # the start of a line of numbers
+# A # or // and what follows, but not the // in the corner 1//2 of an .obj: no blank is before it.
+COMMENT = re.compile(r"(#|(?<!\S)//).*")
+# Names of x, y and z without signs and units; pandas numbers columns, ParaView says "Points:0".
+AXES = (r"(?:pos|position|coord)?([xyz])(?:coord|pos|m|mm)?", r"(?:points?)?([012])")
+PCD = "open3d.io.write_point_cloud('a.ply', open3d.io.read_point_cloud('a.pcd'))"
+LAS = "numpy.save('a.npy', laspy.read('a.las').xyz)"
+CONVERSIONS = {".pcd": PCD, ".las": LAS, ".laz": LAS}  # of what is not read
 AnyPath = str | os.PathLike
 
 
@@ -86,12 +95,17 @@ def list_files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield path
 
 
+# -- Arrays and texts -----------------------------------------------------------------------------
 def read_numpy(path: Path) -> np.ndarray:
-    """The array of a .npy, mapped, or of a .npz: its only one, or points, xyz, data or pos."""
+    """The array of a .npy, mapped, or of a .npz: its only one, or points, xyz, data or pos. What is
+    named x, y and z, fields of an array or arrays of a .npz, becomes columns."""
+    with open(path, "rb") as file:
+        if b"'|O'" in file.read(128):
+            raise act.UserError("expected an array of numbers, got one of Python objects")
     with parsing():
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(loaded, np.ndarray):
-        return loaded
+        return stack_fields(loaded, loaded.dtype.names)
     with loaded as arrays:
         size = sum(member.file_size for member in arrays.zip.infolist())
         if size > max(2**26, 100 * path.stat().st_size):  # It would fill the memory.
@@ -100,40 +114,123 @@ def read_numpy(path: Path) -> np.ndarray:
         if len(names) != 1:
             names = [name for name in ("points", "xyz", "data", "pos") if name in arrays]
         if not names:
-            raise act.UserError(f"expected points, xyz, data or pos, got {list(arrays)[:5]}")
+            return stack_fields(arrays, list(arrays))
         with parsing():
-            return arrays[names[0]]
+            array = arrays[names[0]]
+        return stack_fields(array, array.dtype.names)
+
+
+def stack_fields(table: np.ndarray | Mapping, names: Sequence[str] | None) -> np.ndarray:
+    """table[name] of each name as columns, x, y and z first; without names, table itself."""
+    if names is None:
+        return table
+    order = column_order(names)
+    if not order:
+        raise act.UserError(f"expected points, or x, y and z, got {', '.join(names)[:60]}")
+    with parsing():
+        fields = [table[names[i]].ravel() for i in order]
+        numbers = [field for field in fields if field.dtype.kind in "fiub"]
+        return np.stack([x for x in numbers if len(x) == len(fields[0])], axis=1)
+
+
+def column_order(names: Sequence[str]) -> list[int]:
+    """The places of x, y and z among names of columns, then all others; [] if one is missing."""
+    plain = [re.sub(r"[\[(].*|[\W_]", "", name.lower()) for name in names]  # "X [m]" -> "x"
+    for pattern in AXES:
+        places = {}
+        for i, name in enumerate(plain):
+            axis = re.fullmatch(pattern, name)
+            if axis:
+                places.setdefault(axis[1], i)
+        if len(places) == 3:
+            order = [places[axis] for axis in sorted(places)]
+            return order + [i for i in range(len(names)) if i not in order]
+    return []
+
+
+def number_lines(path: AnyPath, start: int = 0) -> dict[int, str]:
+    """Number, from 1, -> line: those after `start` that are not blank, without comments."""
+    lines = Path(path).read_text("utf-8-sig", errors="replace").split("\n")
+    rows = {}
+    for number, line in enumerate(lines[start:], start + 1):
+        if "#" in line or "//" in line:
+            line = COMMENT.sub("", line)
+        if line.strip():
+            rows[number] = line
+    return rows
 
 
 def text_lines(path: AnyPath) -> list[str]:
     """The lines of a text that are not blank, without # and // comments."""
-    text = Path(path).read_text("utf-8-sig", errors="replace")
-    # The // in the corner 1//2 of an .obj is no comment: no blank stands before it.
-    return [line for line in re.sub(r"(#|(?<!\S)//).*", "", text).split("\n") if line.strip()]
+    return list(number_lines(path).values())
 
 
 def holds_points(path: AnyPath) -> bool:
     """Whether a line in the first 64 KiB of a text begins with three numbers."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return bool(re.search(rf"(?im)^[ \t]*{NUMBER}([ \t,;]+{NUMBER}){{2}}", file.read(2**16)))
+        return bool(re.search(rf"(?im)^[ \t]*{THREE}", file.read(2**16)))
 
 
-def read_text(path: Path, columns: tuple[int, ...] | None = (0, 1, 2)) -> np.ndarray:
-    """Columns (None: all) of numbers between blanks , or ; below names or the number of rows."""
-    rows = text_lines(path)
-    for _ in range(2):
-        if not rows or re.match(rf"(?i)\s*{NUMBER}[\s,;]+{NUMBER}", rows[0]):
-            break
-        head = rows.pop(0).strip()
-        if head.isdecimal() and int(head) != len(rows):
-            raise act.UserError(f"expected {head} points, got {len(rows)}")
+def wrong_line(rows: dict[int, str], number: int, expected: str) -> act.UserError:
+    return act.UserError(f"expected {expected}, got {rows[number].strip()[:60]!r} in line {number}")
+
+
+def parse_numbers(rows: dict[int, str], columns: Sequence[int], mark: str | None = None):
+    """The columns of numbered lines, (n, columns) float64; UserError quotes a line that fails."""
     if not rows:
         raise act.UserError("expected lines of three numbers or more, got none")
-    delimiter = next((mark for mark in ",;" if mark in rows[-1]), None)
-    with parsing():
-        return np.loadtxt(rows, delimiter=delimiter, usecols=columns, ndmin=2)
+    try:
+        return np.loadtxt(list(rows.values()), delimiter=mark, usecols=columns, ndmin=2)
+    except ValueError as error:
+        for number, line in rows.items():
+            try:
+                np.array(line.split(mark), object)[list(columns)].astype(float)
+            except (ValueError, IndexError):
+                raise wrong_line(rows, number, "three numbers like 1.5") from error
+        raise act.UserError(f"expected numbers, got {error}") from error
 
 
+def read_text(path: Path, labelled: bool = False) -> np.ndarray:
+    """x, y and z of a text, and the last column if `labelled`. Blanks, commas or semicolons stand
+    between numbers; lines before them may name the columns, or tell the number of points."""
+    order = []
+    count = None
+    start = 0
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for line in file:
+            bare = COMMENT.sub("", line).strip()
+            is_numbering = bare == ",".join(map(str, range(bare.count(",") + 1)))  # by pandas
+            # Once the columns are named, words may stand before the numbers: "chair 1 2 3".
+            is_point = POINT.match(bare) or (order and re.search(THREE, bare, re.I))
+            if is_point and not (is_numbering and path.suffix.lower() == ".csv"):
+                break
+            start += 1
+            head = re.sub(r"^[\s#/]+", "", line)
+            mark = next((mark for mark in ";,\t" if mark in head), None)
+            named = column_order(head.split(mark))
+            # Prose in a comment may mention x, y and z, but not side by side.
+            if named and (bare or np.ptp(named[:3]) == 2) and not POINT.match(head):
+                order = named
+            if bare.isdecimal():
+                count = bare
+    rows = number_lines(path, start)
+    if count and count != str(len(rows)):
+        raise act.UserError(f"expected {count[:20]} points, got {len(rows)}")
+    first = next(iter(rows.values()), "").rstrip(" \t,;")
+    mark = next((mark for mark in ";," if mark in first), None)
+    if mark == ";":  # A comma is then a decimal point.
+        rows = {number: line.replace(",", ".") for number, line in rows.items()}
+    width = len(first.split(mark))
+    if len(order) > width and order[:3] != [0, 1, 2]:
+        raise act.UserError(f"expected names of {width} columns, got {len(order)} names")
+    order += range(len(order), max(3, width))
+    columns = order[:3]
+    if labelled and len(order) > 3:
+        columns.append(order[-1])
+    return parse_numbers(rows, columns, mark)
+
+
+# -- Meshes ---------------------------------------------------------------------------------------
 def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
     """The corners of triangles, (t, 3, 3), that cover the faces, which may be any polygons."""
     by_size = {}
@@ -181,10 +278,7 @@ def cut_polygon(polygon: np.ndarray, axis: int) -> np.ndarray:
 
 
 def sample_mesh(vertices: np.ndarray, faces: list) -> np.ndarray:
-    """MESH_POINTS (n, 3) of the surface, always the same ones; without faces, the vertices."""
-    vertices = check_points(vertices)
-    if len(faces) == 0:
-        return vertices
+    """MESH_POINTS (n, 3) of the surface, uniform by area, always the same ones."""
     triangles = triangulate(vertices, faces)
     a, b, c = np.moveaxis(triangles, 1, 0)  # (t, 3) each
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
@@ -196,7 +290,7 @@ def sample_mesh(vertices: np.ndarray, faces: list) -> np.ndarray:
     return a[chosen] + u * (b - a)[chosen] + (1 - v) * (c - a)[chosen]
 
 
-def read_ply(path: Path) -> np.ndarray:
+def read_ply(path: Path) -> tuple:
     """A .ply, by plyfile: elements and properties in any order, as text or binary."""
     plyfile = require("plyfile")
     head, end, body = path.read_bytes().partition(b"end_header")
@@ -220,88 +314,128 @@ def read_ply(path: Path) -> np.ndarray:
         raise act.UserError(f"expected vertices with x, y and z, got {', '.join(names)}")
     vertices = np.stack([vertex[names[axis]] for axis in "xyz"], axis=1)
     if "face" not in elements or len(elements["face"]) == 0:
-        return sample_mesh(vertices, [])
+        return vertices, []
     for each in elements["face"].properties:  # The list is vertex_indices or vertex_index.
         if each.name.startswith("vertex_ind") and isinstance(each, plyfile.PlyListProperty):
-            return sample_mesh(vertices, list(elements["face"][each.name]))
+            return vertices, list(elements["face"][each.name])
     raise act.UserError("expected faces with a list vertex_indices, got none")
 
 
 # By hand: trimesh 5 reads concave polygons, vertices from -1 and cut files wrong without a word.
-def read_off(path: Path) -> np.ndarray:
-    text = "\n".join(text_lines(path))
-    lines = re.sub(r"^\s*((ST)?C?N?OFF|(st)?c?n?off)?\s*", "", text).split("\n")
-    words = lines.pop(0).split()[:3]
-    if len(words) < 2 or not all(word.isdecimal() for word in words):
-        raise act.UserError(f"expected OFF and whole numbers, got {str(words)[:80]}")
-    num_vertices, num_faces, num_edges = map(int, (words + ["0"])[:3])
-    if len(lines) - num_vertices - num_faces not in (0, num_edges):  # Some have a line an edge.
-        raise act.UserError(f"expected {num_vertices} + {num_faces} lines, got {len(lines)}")
-    with parsing():
-        vertices = np.array([line.split()[:3] for line in lines[:num_vertices]], np.float64)
+def read_off(path: Path) -> tuple:
+    rows = number_lines(path)
+    lines = iter(rows.items())
+    counts = []
+    try:
+        while not counts:  # OFF stands in a line of its own, or before the counts.
+            number, line = next(lines)
+            counts = re.sub(r"^\s*((ST)?C?N?OFF|(st)?c?n?off)", "", line).split()[:3]
+        num_vertices, num_faces, num_edges = map(int, (counts + ["0"])[:3])
+    except (StopIteration, ValueError) as error:
+        expected = "OFF, then the numbers of vertices and faces"
+        raise act.UserError(f"expected {expected}, got {list(rows.values())[:2]}") from error
+    rest = list(lines)
+    if len(rest) - num_vertices - num_faces not in (0, num_edges):  # Some have a line an edge.
+        expected = f"{num_vertices} + {num_faces} lines after line {number}"
+        raise act.UserError(f"expected {expected}, got {len(rest)}")
     faces = []
-    for line in lines[num_vertices:][:num_faces]:
+    for number, line in rest[num_vertices:][:num_faces]:
         words = line.split()
-        if not words[0].isdecimal() or int(words[0]) >= len(words):
-            raise act.UserError(f"expected a face of {words[0][:20]} corners, got {line[:80]}")
-        with parsing():
-            faces.append([int(word) for word in words[1 : int(words[0]) + 1]])  # not its colour
-    return sample_mesh(vertices, faces)
+        try:
+            size = int(words[0])
+            faces.append([int(words[i]) for i in range(1, size + 1)])  # not its colour
+        except (ValueError, IndexError) as error:
+            raise wrong_line(rows, number, "the corners of a face after their number") from error
+    return parse_numbers(dict(rest[:num_vertices]), (0, 1, 2)), faces
 
 
-def read_obj(path: Path) -> np.ndarray:
+def read_obj(path: Path) -> tuple:
     """An .obj. A corner is vertex/texture/normal; vertices count from 1, or back from -1."""
-    text = re.sub(r"\\[ \t]*\n", " ", "\n".join(text_lines(path)))  # A backslash continues a line.
-    vertices = []
+    rows = number_lines(path)
+    vertices = {}
     faces = []
-    for line in text.split("\n"):
+    begun = ""
+    for number, line in rows.items():
+        line = begun + line.rstrip()
+        begun = ""
         words = line.split()
-        if words[:1] == ["v"]:
-            vertices.append(words[1:4])
-        elif words[:1] == ["f"]:
-            with parsing():
+        if line.endswith("\\"):  # A backslash continues a line.
+            begun = line[:-1] + " "
+        elif words[0] == "v":
+            vertices[number] = line
+        elif words[0] == "f":
+            try:
                 corners = [int(word.split("/")[0]) for word in words[1:]]
+            except ValueError as error:
+                raise wrong_line(rows, number, "whole numbers") from error
             faces.append([len(vertices) + i if i < 0 else i - 1 for i in corners])
+    return parse_numbers(vertices, (1, 2, 3)), faces
+
+
+def read_scene(path: Path) -> tuple:
+    """An .stl or .glb, by trimesh: all its meshes, each where it stands."""
+    trimesh = require("trimesh")
     with parsing():
-        vertices = np.array(vertices, np.float64)
-    return sample_mesh(vertices, faces)
+        mesh = trimesh.load_mesh(path, process=False)
+    return mesh.vertices, list(mesh.faces)
 
 
+# -- Any file -------------------------------------------------------------------------------------
 READERS = {".npy": read_numpy, ".npz": read_numpy, ".txt": read_text, ".xyz": read_text}
-READERS |= {".pts": read_text, ".ply": read_ply, ".off": read_off, ".obj": read_obj}
+READERS |= {".pts": read_text, ".csv": read_text, ".ply": read_ply, ".off": read_off}
+READERS |= {".obj": read_obj, ".stl": read_scene, ".glb": read_scene}
 
 
-def check_points(array: np.ndarray) -> np.ndarray:
-    """The first three columns of an array, (n, 3) float64; UserError unless they are finite."""
+def check_points(array: np.ndarray, drop_invalid: bool = False) -> np.ndarray:
+    """The first three columns of an array, (n, 3) float64; UserError unless they are finite, or
+    without the rows that are not."""
     array = np.asarray(array)
     # At most as many columns as rows, beyond three: an array (3, n) is turned, not a cloud.
     fits = array.ndim == 2 and 3 <= array.shape[1] <= max(3, min(64, len(array)))
     if not fits or array.dtype.kind not in "fiub":
         raise act.UserError(f"expected numbers (n, 3), got {array.dtype} of shape {array.shape}")
     points = np.array(array[:, :3], np.float64)
-    broken = (~np.isfinite(points)).any(axis=1).sum()
-    if broken > 0:
-        raise act.UserError(f"expected finite points, got {broken} of {len(points)} not finite")
+    finite = np.isfinite(points).all(axis=1)
+    if drop_invalid:
+        return points[finite]
+    if not finite.all():
+        got = f"{(~finite).sum()} of {len(points)} not finite"
+        raise act.UserError(f"expected finite points, got {got}")
     return points
 
 
-def read_points(path: AnyPath) -> np.ndarray:
-    """The points of a file, (n, 3) float64 as stored; of a mesh MESH_POINTS of its surface."""
+def read_points(path: AnyPath, drop_invalid: bool = False) -> np.ndarray:
+    """The points of a file, (n, 3) float64 as stored; of a mesh MESH_POINTS of its surface.
+    `drop_invalid` leaves out those of a cloud that are not finite."""
     suffix = Path(path).suffix.lower()
     with reading(path):
         if suffix not in READERS:
-            raise act.UserError(f"expected {' '.join(READERS)}, got {suffix or 'no suffix'}")
-        points = check_points(READERS[suffix](Path(path)))
+            got = suffix or "no suffix"
+            if suffix in CONVERSIONS:
+                got = f"{suffix}, which this converts: {CONVERSIONS[suffix]}"
+            raise act.UserError(f"expected {' '.join(READERS)}, got {got}")
+        if Path(path).stat().st_size == 0:
+            raise act.UserError("expected points, got an empty file")
+        content = READERS[suffix](Path(path))
+        if isinstance(content, np.ndarray):
+            points = check_points(content, drop_invalid)
+        else:
+            vertices, faces = content
+            points = check_points(vertices, drop_invalid and not faces)
+            if faces:
+                points = sample_mesh(points, faces)
         clouds.normalize(points)  # raises if all are equal
     return points
 
 
-def read_cloud(path: AnyPath, points: int | None = 1024, normalized: bool = True) -> np.ndarray:
+def read_cloud(
+    path: AnyPath, points: int | None = 1024, normalized: bool = True, drop_invalid: bool = False
+) -> np.ndarray:
     """A file as a model takes it, (points, 3) float32: the farthest ones of limit_points' part; a
     smaller cloud is repeated, as in training. points=None: all of that part."""
     prepare = clouds.normalize if normalized else np.float32
     with reading(path):
-        xyz = prepare(clouds.limit_points(read_points(path)))
+        xyz = prepare(clouds.limit_points(read_points(path, drop_invalid)))
         if points is None:
             return xyz
         chosen = np.arange(points) % len(xyz)
@@ -314,8 +448,10 @@ def read_labelled(path: AnyPath, first: int = 0, last: int = 256) -> tuple[np.nd
     """Rows x y z ... label of a .npy or text -> xyz (n, 3) float64, labels first to last - 1."""
     path = Path(path)
     with reading(path):
-        is_numpy = path.suffix.lower() == ".npy"
-        rows = read_numpy(path) if is_numpy else read_text(path, columns=None)
+        if path.suffix.lower() == ".npy":
+            rows = read_numpy(path)
+        else:
+            rows = read_text(path, labelled=True)
         xyz = check_points(rows)
         expected = f"a last column of labels {first} to {last - 1}"
         if rows.shape[1] == 3:
@@ -323,17 +459,25 @@ def read_labelled(path: AnyPath, first: int = 0, last: int = 256) -> tuple[np.nd
         labels = np.asarray(rows[:, -1])
         fits = np.isin(labels, np.arange(first, last))
         if not fits.all():
-            raise act.UserError(f"expected {expected}, got {labels[~fits][:9]}")
+            raise act.UserError(f"expected {expected}, got {labels[~fits][:3]}")
         return xyz, labels.astype(np.uint8)
 
 
 def write_ply(
     path: AnyPath, xyz: np.ndarray, colors: np.ndarray | None = None, edges: np.ndarray | tuple = ()
 ) -> None:
-    """xyz (N, 3), colors (N, 3) uint8, edges (E, 2) vertex indices -> a binary .ply."""
+    """xyz (N, 3), colors (N, 3) uint8, edges (E, 2) vertex indices -> a binary .ply, in double
+    where float would move a point by more than 1e-5 of the cloud's extent, or 0.001."""
+    code = "<f4"
+    kind = "float"
+    if len(xyz) > 0:
+        moved = np.abs(np.float32(xyz) - xyz).max()
+        if moved > 1e-3 or 0 < 1e-5 * np.ptp(xyz, axis=0).max() < moved:
+            code = "<f8"
+            kind = "double"
+    rows = np.ascontiguousarray(xyz, code).view(np.uint8)  # (N, 12 or 24)
     head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}\n"
-    head += "property float x\nproperty float y\nproperty float z\n"
-    rows = np.ascontiguousarray(xyz, "<f4").view(np.uint8)  # (N, 12)
+    head += f"property {kind} x\nproperty {kind} y\nproperty {kind} z\n"
     if colors is not None:
         head += "property uchar red\nproperty uchar green\nproperty uchar blue\n"
         rows = np.hstack([rows, np.asarray(colors, np.uint8)])

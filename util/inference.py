@@ -1,6 +1,7 @@
 """A trained model on whole clouds: a feature of each cloud, a label for each of its points."""
 
 import csv
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import act
-from util import clouds, pictures
+from util import clouds, pictures, run
 
 BLOCK = 1.0  # metres, the side of a room's blocks
 STRIDE = 0.5  # metres from block to block
@@ -25,11 +26,15 @@ def cloud_feature(model: nn.Module, xyz: torch.Tensor) -> torch.Tensor:
 
 
 # -- a label for each point ------------------------------------------------------------------------
-def block_centers(low: float, high: float) -> np.ndarray:
-    """Centres of blocks along an axis from low to high; the last block ends at high."""
+def block_centers(low: float, high: float, values: np.ndarray) -> np.ndarray:
+    """Centres of blocks along an axis from low to high, the last of which ends at high: those near
+    a value, for a room in millimetres has millions of others."""
     last = max(low, high - BLOCK)  # where the last block begins
     count = int(np.ceil((last - low) / STRIDE)) + 1
-    return np.minimum(low + STRIDE * np.arange(count), last) + BLOCK / 2
+    centers = np.minimum(low + STRIDE * np.arange(count), last) + BLOCK / 2
+    first = np.unique(np.searchsorted(centers, values - BLOCK))
+    near = np.unique(first[:, None] + np.arange(5))  # four, and the last block
+    return centers[near[near < count]]
 
 
 def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -39,29 +44,23 @@ def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     low = xyz[:, :2].min(axis=0).astype(np.float64)
     high = xyz[:, :2].max(axis=0).astype(np.float64)
     reach = BLOCK / 2 + MARGIN
-    for x in block_centers(low[0], high[0]):
+    for x in block_centers(low[0], high[0], xyz[:, 0]):
         column = np.flatnonzero(abs(xyz[:, 0] - x) <= reach)
-        for y in block_centers(low[1], high[1]):
+        for y in block_centers(low[1], high[1], xyz[column, 1]):
             inside = column[abs(xyz[column, 1] - y) <= reach]
             if len(inside):
                 yield inside, np.array([x, y, 0])
 
 
-def point_sets(xyz: np.ndarray, num_points: int, in_blocks: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Random sets, the same for the same points, that hold every point of an object, or of each
-    of a room's blocks; the last set is filled up with points of the others. Returns indices
-    (S, num_points) into xyz, and the origin of each set (S, 3)."""
+def point_sets(regions: list, num_points: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random sets, the same for the same regions, that hold every point of each region (indices,
+    origin); its last set is filled up with points of the others. Yields the indices (num_points,)
+    and the origin (3,) of each set."""
     rng = np.random.default_rng(0)
-    regions = [(np.arange(len(xyz)), np.zeros(3))]
-    if in_blocks:
-        regions = room_blocks(xyz)
-    indices = []
-    origins = []
     for inside, origin in regions:
         count = -(-len(inside) // num_points)  # rounded up
-        indices.append(np.resize(rng.permutation(inside), (count, num_points)))
-        origins.append(np.tile(origin, (count, 1)))
-    return np.concatenate(indices), np.concatenate(origins)
+        for indices in np.resize(rng.permutation(inside), (count, num_points)):
+            yield indices, origin
 
 
 @torch.no_grad()
@@ -73,11 +72,17 @@ def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None)
     c = model.config
     device = next(model.parameters()).device
     model.eval()
-    indices, origins = point_sets(xyz, c.points, in_blocks=not c.normalized)
+    regions = [(np.arange(len(xyz)), np.zeros(3))]
+    if not c.normalized:
+        regions = list(room_blocks(xyz))
+    num_sets = sum(-(-len(inside) // c.points) for inside, _ in regions)
+    sets = point_sets(regions, c.points)
     votes = torch.zeros(len(xyz), c.num_parts, dtype=torch.float64)
-    for start in range(0, len(indices), BATCH_SIZE):
-        chosen = indices[start : start + BATCH_SIZE]  # (B, N)
-        points = torch.from_numpy(xyz[chosen] - origins[start : start + BATCH_SIZE, None])
+    for _ in run.progress(
+        range(0, num_sets, BATCH_SIZE), f"sets of points, in batches of {BATCH_SIZE}"
+    ):
+        indices, origins = map(np.stack, zip(*itertools.islice(sets, BATCH_SIZE), strict=True))
+        points = torch.from_numpy(xyz[indices] - origins[:, None])  # (B, N, 3)
         if c.normalized:
             points = clouds.unit_sphere(points)
         categories = None
@@ -85,7 +90,7 @@ def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None)
             categories = torch.full((len(points),), category, device=device)
         logits = model(points.float().to(device), categories)  # (B, N, labels)
         probability = logits.flatten(0, 1).double().softmax(dim=1)
-        votes.index_add_(0, torch.from_numpy(chosen.ravel()), probability.cpu())
+        votes.index_add_(0, torch.from_numpy(indices.ravel()), probability.cpu())
     if category is None:
         return votes.argmax(dim=1).numpy()
     first, end = c.part_ranges[category]

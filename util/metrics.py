@@ -4,13 +4,17 @@ Shapes: N and M boxes, n detections, K true boxes, C classes, D features. A box 
 and its size (3), with faces along the axes.
 """
 
+import html
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 # -- labels ----------------------------------------------------------------------------------------
-def confusion(truth, predicted, num_classes: int) -> torch.Tensor:
+def confusion(truth, predicted, num_classes: int) -> Tensor:
     """Counts (C, C) int64 of two lists of labels, a row for each true class."""
     truth = torch.as_tensor(truth).long().cpu()
     predicted = torch.as_tensor(predicted).long().cpu()
@@ -18,26 +22,26 @@ def confusion(truth, predicted, num_classes: int) -> torch.Tensor:
     return counts.view(num_classes, num_classes)
 
 
-def accuracy(matrix: torch.Tensor) -> dict:
+def accuracy(matrix: Tensor) -> dict:
     """From counts (C, C): accuracy and its mean over the classes that occur, in percent."""
     hits = matrix.diag().double()
-    count = matrix.sum(dim=1)  # an absent class has 0 / 0 = NaN, which the mean leaves out
+    count = matrix.sum(dim=1)  # 0 / 0 = NaN is left out
     return {
         "accuracy": 100 * (hits.sum() / count.sum()).item(),
         "mean_accuracy": 100 * (hits / count).nanmean().item(),
     }
 
 
-def iou(matrix: torch.Tensor) -> torch.Tensor:
+def iou(matrix: Tensor) -> Tensor:
     """From counts (C, C): each class's IoU in percent, NaN if neither true nor predicted, (C,)."""
     hits = matrix.diag()
     union = matrix.sum(dim=0) + matrix.sum(dim=1) - hits
     return 100 * hits.double() / union
 
 
-def print_table(matrix: torch.Tensor, names: list) -> None:
-    """Prints each class's number, accuracy and IoU ("-" if it does not occur) by counts (C, C), and
-    the five classes that it is most often taken for."""
+def print_table(matrix: Tensor, names: list) -> None:
+    """Prints, by counts (C, C), each class's number, accuracy and IoU ("-" if it does not occur),
+    and the five classes that it is most often taken for."""
     width = max(len(name) for name in names) + 2
     count = matrix.sum(dim=1)
     recalls = 100 * matrix.diag() / count
@@ -53,23 +57,42 @@ def print_table(matrix: torch.Tensor, names: list) -> None:
     print(f"mean_accuracy is over {(count > 0).sum()} of {len(names)} classes: those that occur")
 
 
+def write_confusion(path: str | Path, matrix: Tensor, names: list) -> None:
+    """Counts (C, C) as an .svg, a row for each true class, bluer for larger shares of it."""
+    low = -8 * max(len(name) for name in names) - 20  # the names stand left and above
+    side = 30 * len(names) - low
+    box = f"viewBox='{low} {low} {side} {side}'"
+    svg = [f"<svg xmlns='http://www.w3.org/2000/svg' {box} font-size='12'>"]
+    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    for i, name in enumerate(map(html.escape, names)):
+        y = 30 * i
+        svg.append(f"<text x='-5' y='{y + 20}' text-anchor='end'>{name}</text>")
+        svg.append(f"<text x='5' y='{y + 20}' transform='rotate(-90)'>{name}</text>")
+        for j in matrix[i].nonzero()[:, 0].tolist():
+            x = 30 * j
+            fill = f"fill='#8fb3e8' fill-opacity='{shares[i, j]:.2f}'"
+            svg.append(f"<rect x='{x}' y='{y}' width='30' height='30' {fill}/>")
+            svg.append(f"<text x='{x + 5}' y='{y + 20}'>{matrix[i, j]}</text>")
+    svg.append("</svg>\n")
+    Path(path).write_text("\n".join(svg), encoding="utf-8")
+
+
 # -- boxes -----------------------------------------------------------------------------------------
-def box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of all pairs of boxes: (..., N, 6), (..., M, 6) -> (..., N, M), 0 for flat boxes."""
     inner, union, _ = _volumes(a, b)
     return inner / union
 
 
-def generalized_box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """GIoU of all pairs of boxes, IoU - 1 + union / hull, from -1 to 1 (Rezatofighi et al., CVPR
-    2019): (..., N, 6), (..., M, 6) -> (..., N, M). Value and gradient are finite for flat boxes."""
+def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU of all pairs, IoU - 1 + union / hull, from -1 to 1 (Rezatofighi et al., CVPR 2019).
+    Shapes as in box_iou. Value and gradient are finite for flat boxes."""
     inner, union, hull = _volumes(a, b)
     return inner / union - 1 + union / hull
 
 
 def _volumes(a, b):
-    """Volumes (..., N, M) of the intersection, the union and the common hull of all pairs of boxes.
-    Union and hull are at least 1e-9: with metres, 1 mm^3."""
+    """Volumes (..., N, M) of each pair's intersection, union and hull, the latter two >= 1e-9."""
     a = a.unsqueeze(-2)  # (..., N, 1, 6)
     b = b.unsqueeze(-3)  # (..., 1, M, 6)
     a_low = a[..., :3] - a[..., 3:] / 2
@@ -88,9 +111,11 @@ def average_precision(detections: list, truths: list, num_classes: int, threshol
     """Average precision (the area under the envelope of precision over recall) and recall of each
     class: two tensors (C,) float64 from 0 to 1, NaN for a class without true boxes.
 
-    `detections` has the boxes (n, 6) and scores (n, C) of each room, `truths` its true boxes (K, 6)
-    and labels (K,). In order of score, a detection takes the box of its class of highest IoU. It is
-    right if that IoU is above the threshold and no detection has taken the box before."""
+    detections: of each room the boxes (n, 6) and scores (n, C)
+    truths: of each room the true boxes (K, 6) and labels (K,)
+
+    In order of score, a detection takes the box of its class of highest IoU. It is right if that
+    IoU is above the threshold and the box was not taken before."""
     ap = torch.zeros(num_classes, dtype=torch.float64)
     recall = torch.zeros(num_classes, dtype=torch.float64)
     for c in range(num_classes):
@@ -113,7 +138,8 @@ def _match(detections, truths, c, threshold):
     count = 0
     for (boxes, score), (true_boxes, labels) in zip(detections, truths, strict=True):
         true_boxes = true_boxes[labels == c]
-        overlaps = F.pad(box_iou(boxes, true_boxes), (0, 1), value=-1)  # for rooms without a box
+        overlaps = box_iou(boxes, true_boxes)
+        overlaps = F.pad(overlaps, (0, 1), value=-1)  # for rooms without a box
         best, box = overlaps.max(dim=1)
         scores.append(score[:, c])
         taken.append(torch.where(best > threshold, count + box, -1))
@@ -122,10 +148,10 @@ def _match(detections, truths, c, threshold):
 
 
 # -- linear SVM ------------------------------------------------------------------------------------
-def linear_svm(x: torch.Tensor, labels: torch.Tensor, C: float) -> torch.Tensor:
+def linear_svm(x: Tensor, labels: Tensor, C: float) -> Tensor:
     """Weights (D, classes) of one-against-rest linear SVMs on x (n, D): each class's minimum of
-    |w|^2 / 2 + C sum_i max(0, 1 - y_i w . x_i)^2, where y_i is 1 in the class, else -1. Found by
-    L-BFGS, without randomness. For an intercept, append a column of ones to x."""
+    |w|^2 / 2 + C sum_i max(0, 1 - y_i w . x_i)^2, where y_i is 1 in the class, else -1. By L-BFGS,
+    without randomness. For an intercept, append a column of ones to x."""
     y = 2.0 * F.one_hot(labels) - 1
     w = x.new_zeros(x.shape[1], y.shape[1])
 
@@ -142,14 +168,10 @@ def linear_svm(x: torch.Tensor, labels: torch.Tensor, C: float) -> torch.Tensor:
     return w
 
 
-def svm_accuracy(
-    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor
-) -> tuple[float, float]:
+def svm_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> tuple:
     """Percent of the test features (m, D) that a linear SVM on the train features (n, D) labels
-    right, and the SVM's C.
-
-    C is the value of 0.001, 0.01, 0.1 and 1 that is best on every fifth train feature, in order of
-    class, after training on the others. Features are standardised by the train features."""
+    right, and its C: that of 0.001, 0.01, 0.1 and 1 which is best on every fifth train feature, in
+    order of class, after training on the others. Train features standardise all."""
     mean = train.double().mean(dim=0)
     std = train.double().std(dim=0) + 1e-6
     order = train_labels.argsort(stable=True)
@@ -166,11 +188,9 @@ def svm_accuracy(
     return 100 * _share_right(w, queries, test_labels), best_C
 
 
-def knn_accuracy(
-    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor
-) -> float:
-    """Percent of the test features (m, D) to which most of the 5 train features (n, D) of highest
-    cosine give the right label; among labels of as many, that of the higher sum of cosines."""
+def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """Percent of the test features (m, D) whose label most of the 5 train features (n, D) of
+    highest cosine have; of labels with as many, that of the higher sum of cosines counts."""
     cosine = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T  # (m, n)
     value, nearest = cosine.topk(min(5, len(train)), dim=1)
     one_hot = F.one_hot(train_labels)[nearest].double()  # (m, 5, classes)

@@ -5,7 +5,7 @@ official.export(student, "for_the_official_scripts.pth")
 """
 
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.nn as nn
@@ -72,18 +72,18 @@ def load(path, device="cpu", **sizes) -> nn.Module:
 
     Reads files of ACT's and of Point-MAE's official implementation, and what export() wrote. Sizes
     are read off the tensors; what those cannot show comes from `sizes`, else it is the paper's:
-    heads = width // 64 (of a Teacher: its trunk's), num_group 64 (128 with a downstream head),
-    group_size 32. A class token, which Point-MAE has not, is newly initialised with a warning.
-    UserError if the file is missing, broken, of no known kind or unfit."""
+    heads = width // 64 (of a Teacher: its trunk's, as in act.HEADS), num_group 64 (128 with a head
+    of transfer), group_size 32. A class token, which Point-MAE has not, is newly initialised with a
+    warning. UserError if the file is missing, broken, of no known kind or unfit."""
     obj = weights.read_tensors(path)
     state = weights.find_state_dict(obj, path)
     kind, read = find_kind(state, path)
-    state, config = read(state, path)
+    state, config = read(state, path, sizes.get("num_heads"))
     if isinstance(obj.get("config"), dict):  # of export()
         config = obj["config"]
     config = config | sizes
-    if kind == "Teacher" and "num_heads" in config:
-        config["backbone"] = replace(config["backbone"], num_heads=config.pop("num_heads"))
+    if kind == "Teacher":
+        config.pop("num_heads", None)  # They are its backbone's.
     model_class, config_class = act.KINDS[kind]
     try:
         model = model_class(config_class(**config))
@@ -110,16 +110,18 @@ def count_blocks(state: dict, prefix: str) -> int:
     return sum(key.startswith(prefix) and key.endswith(".norm1.weight") for key in state)
 
 
-def encoder_config(state: dict, path) -> dict:
+def encoder_config(state: dict, path, num_heads: int | None) -> dict:
     width = len(tensor(state, "encoder.norm.weight", 1, path))
     patch_embed = tensor(state, "encoder.patch_embed.second_conv.3.weight", 2, path)
-    config = dict(width=width, num_heads=max(1, width // 64), encoder_dims=len(patch_embed))
-    return config | dict(depth=count_blocks(state, "encoder.blocks."))
+    depth = count_blocks(state, "encoder.blocks.")
+    if num_heads is None:
+        num_heads = max(1, width // 64)
+    return dict(width=width, depth=depth, num_heads=num_heads, encoder_dims=len(patch_embed))
 
 
-def read_student(state: dict, path) -> tuple[dict, dict]:
+def read_student(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     state = rename(state, STUDENT | OTHER_STUDENTS, path, STUDENT_DROPPED)
-    config = encoder_config(state, path)
+    config = encoder_config(state, path, num_heads)
     config["decoder_depth"] = count_blocks(state, "decoder.blocks.")
     config["target_dim"] = len(tensor(state, "head.weight", 2, path))
     if "encoder.cls_token" not in state:  # Point-MAE, which predicts the points of a patch
@@ -127,20 +129,23 @@ def read_student(state: dict, path) -> tuple[dict, dict]:
     return state, config
 
 
-def read_classifier(state: dict, path) -> tuple[dict, dict]:
+def read_classifier(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     state = rename(state, CLASSIFIER, path)
-    config = encoder_config(state, path)
-    config["head"] = "mlp3" if "head.8.weight" in state else "linear"
-    last = "head.8.weight" if config["head"] == "mlp3" else "head.0.weight"
+    config = encoder_config(state, path, num_heads)
+    config["head"] = "linear"
+    last = "head.0.weight"
+    if "head.8.weight" in state:
+        config["head"] = "mlp3"
+        last = "head.8.weight"
     config["num_classes"] = len(tensor(state, last, 2, path))
     return state, config
 
 
-def read_segmenter(state: dict, path) -> tuple[dict, dict]:
+def read_segmenter(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     """The names of the head end in _cls, but for older files."""
     state = {key.replace("_cls.", "."): value for key, value in state.items()}
     state = rename(state, SEGMENTER, path)
-    config = encoder_config(state, path)
+    config = encoder_config(state, path, num_heads)
     config["num_parts"] = len(tensor(state, "head.7.weight", 2, path))
     config["num_categories"] = 0
     if "label_conv.0.weight" in state:
@@ -148,23 +153,20 @@ def read_segmenter(state: dict, path) -> tuple[dict, dict]:
     return state, config
 
 
-def read_teacher(state: dict, path) -> tuple[dict, dict]:
-    state = weights.without_prefixes(state, ("dvae_tokenizer.",))
+def read_teacher(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
+    state = {key.removeprefix("dvae_tokenizer."): value for key, value in state.items()}
     trunk = {key: value for key, value in state.items() if key.startswith("visual_embed.")}
     layout = weights.find_layout(trunk, TRUNKS, path)
     trunk = weights.rename(trunk, layout.names, (), path)
-    trunk, backbone = weights.translate(trunk, None, path)
+    trunk, backbone = weights.translate(trunk, num_heads, path)
     state = rename(state, TEACHER, path, ("visual_embed.",))
-    num_codes, tokens_dims = tensor(state, "codebook", 2, path).shape
-    prompt = "none"
-    num_prompt = 0
+    config = {"backbone": backbone, "weights": Path(path).name, "prompt": "none", "num_prompt": 0}
     if "visual_prompt_token" in state:
-        prompt = "shallow"
-        num_prompt = tensor(state, "visual_prompt_token", 3, path).shape[1]
+        config["prompt"] = "shallow"
+        config["num_prompt"] = tensor(state, "visual_prompt_token", 3, path).shape[1]
     if "deep_prompt_tokens" in state:
-        prompt = "deep"
-    config = dict(tokens_dims=tokens_dims, num_tokens=num_codes, prompt=prompt)
-    config.update(num_prompt=num_prompt, backbone=backbone, weights=Path(path).name)
+        config["prompt"] = "deep"
+    config["num_tokens"], config["tokens_dims"] = tensor(state, "codebook", 2, path).shape
     last = tensor(state, "decoder.mlp.4.weight", 2, path)
     config["group_size"] = len(last) * 4 // 3  # its rows are (S / 4, 3)
     config["encoder_dims"] = len(tensor(state, "encoder.second_conv.3.weight", 2, path))

@@ -1,5 +1,6 @@
 """Pictures without a package: clouds as .png and coloured .ply, the curves of a run as .svg."""
 
+import itertools
 import math
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ CAMERA = (  # rows: to the right, up, towards the viewer
 BORDER = 3  # white pixels around each cloud of a gallery
 SPACING = 2.5  # between the clouds of a gallery's .ply, each about as large as the unit ball
 HUES = bytes.fromhex("3b6fb6e8833a4a9c5dc94f4f8a63b08c6150d77fb57a7a7ab5aa3c3fb1c0")
+FEW_POINTS = 20  # at most so many points of a line are dots as well
 TEST_METRICS = ("accuracy", "ap25", "cd_l1", "instance_miou", "miou")  # a chart shows the first
 
 
@@ -101,60 +103,53 @@ def write_gallery(path: str | Path, rows: list, columns: int | None = None) -> N
     rows: equally long lists of (xyz (N, 3), colors (N, 3) in 0..1 or None)."""
     if columns is None:
         columns = len(rows[0])
-    clouds = []
-    for row in rows:
-        clouds.extend(row)
-    write_tiles(Path(path).with_suffix(".png"), clouds, columns)
-    write_spread(Path(path).with_suffix(".ply"), clouds, columns)
-
-
-def write_tiles(path: Path, clouds: list, columns: int) -> None:
-    """The picture of a gallery: clouds in lines of `columns`, the last one filled with white."""
-    border = ((BORDER, BORDER), (BORDER, BORDER), (0, 0))
     tiles = []
-    for xyz, colors in clouds:
-        tiles.append(np.pad(render(xyz, colors), border, constant_values=255))
-    while len(tiles) % columns != 0:
-        tiles.append(np.full_like(tiles[0], 255))
-    lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
-    write_png(path, np.vstack(lines))
-
-
-def write_spread(path: Path, clouds: list, columns: int) -> None:
-    """The cloud of a gallery: its clouds side by side, grey where they have no colours."""
     placed = []
     painted = []
-    for i, (xyz, colors) in enumerate(clouds):
+    for xyz, colors in itertools.chain.from_iterable(rows):
+        down, right = divmod(len(tiles), columns)
+        tiles.append(render(xyz, colors))
+        placed.append(xyz + np.array([SPACING * right, -SPACING * down, 0], np.float32))
         if colors is None:
-            colors = np.full(xyz.shape, 0.5)
-        place = [SPACING * (i % columns), -SPACING * (i // columns), 0]
-        placed.append(xyz + np.array(place, np.float32))
+            colors = np.full(xyz.shape, 0.5)  # grey
         painted.append(colors)
-    files.write_ply(path, np.concatenate(placed), np.uint8(255 * np.concatenate(painted)))
+    while len(tiles) % columns != 0:
+        tiles.append(np.full_like(tiles[0], 255))  # white, to fill the last line
+    border = ((BORDER, BORDER), (BORDER, BORDER), (0, 0))
+    tiles = [np.pad(tile, border, constant_values=255) for tile in tiles]
+    lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    write_png(Path(path).with_suffix(".png"), np.vstack(lines))
+    colors = np.uint8(255 * np.concatenate(painted))
+    files.write_ply(Path(path).with_suffix(".ply"), np.concatenate(placed), colors)
 
 
 # -- Charts ---------------------------------------------------------------------------------------
 def write_chart(path: str | Path, rows: list[dict]) -> None:
     """The rows of metrics.jsonl -> .svg: the loss and, on the right, a test metric over steps."""
     epochs = [row for row in rows if "loss_epoch" in row]
-    loss_by_step = curve(rows, "loss")
-    loss_by_epoch = curve(rows, "loss_epoch")
-    last = max([step for step, _ in loss_by_step + loss_by_epoch], default=1)
+    losses = curve(rows, "loss")
+    if not losses:
+        losses = curve(epochs, "loss_epoch")
+    last = max([step for step, _ in losses + curve(epochs, "loss_epoch")], default=1)
+    if losses and losses[-1][0] < last:
+        losses.append((last, losses[-1][1]))  # The last mean stands for the few steps after it.
     svg = [
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 400' font-size='12'>"
         "<path d='M60 30V350H580V30' fill='none' stroke='gray'/>"
     ]
-    for i in range(5):
-        svg.append(chart_text(60 + 130 * i, 370, "middle", "black", last * i // 4))
-    if not loss_by_step:
-        loss_by_step = loss_by_epoch
-    svg += chart_line("loss", loss_by_step, last, 52, "end", "#3b6fb6")
+    spacing = 1
+    factors = itertools.cycle((2, 2.5, 2))  # 1, 2, 5, 10, 20, 50 ... steps from tick to tick
+    while 6 * spacing < last:
+        spacing = int(spacing * next(factors))
+    for step in range(0, last + 1, spacing):
+        svg.append(chart_text(60 + 520 * step // last, 370, "middle", "black", step))
+    svg += chart_line("loss", losses, last, 52, "end", "#3b6fb6")
     for metric in TEST_METRICS:
         if curve(epochs, metric):
             svg += chart_line(metric, curve(epochs, metric), last, 588, "start", "#c94f4f")
             break
     svg.append("<text x='320' y='392'>step</text></svg>\n")
-    Path(path).write_text("\n".join(svg))
+    Path(path).write_text("\n".join(svg), "utf-8")
 
 
 def write_dots(path: str | Path, panels: dict[str, list]) -> None:
@@ -177,11 +172,11 @@ def write_dots(path: str | Path, panels: dict[str, list]) -> None:
             for center in x[:-1]:
                 svg.append(f"<circle cx='{center:.1f}' cy='{down + 10}' r='3' fill='#c94f4f'/>")
             down += 22
-        for i, tick in enumerate(np.linspace(low, high, 5)):
-            svg.append(chart_text(180 + 105 * i, down + 14, "middle", "gray", f"{tick:.4g}"))
+        for i, label in enumerate(tick_labels(low, high)):
+            svg.append(chart_text(180 + 105 * i, down + 14, "middle", "gray", label))
         down += 20
     head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 {down + 10}' font-size='12'>"
-    Path(path).write_text("\n".join([head, *svg, "</svg>\n"]))
+    Path(path).write_text("\n".join([head] + svg + ["</svg>\n"]), "utf-8")
 
 
 def dot_range(rows: list) -> tuple[float, float]:
@@ -199,24 +194,33 @@ def curve(rows: list[dict], name: str) -> list[tuple]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
+def tick_labels(low: float, high: float) -> list[str]:
+    """Five numbers from low to high, in as many digits as tell them apart."""
+    for digits in range(3, 17):
+        labels = [f"{tick:.{digits}g}" for tick in np.linspace(low, high, 5)]
+        if len(set(labels)) == 5:
+            break
+    return labels
+
+
 def chart_line(name: str, points: list, last: int, x: int, anchor: str, color: str) -> list[str]:
-    """A line through (step, value) points and the values along its axis at x."""
-    values = np.array([value for _, value in points])
-    if not points:
-        values = np.array([0, 1])
-    low = values.min()
-    ticks = [f"{tick:.3g}" for tick in np.linspace(low, values.max(), 5)]
+    """A line through (step, value) points, dots if they are few, and the values along its axis."""
+    values = [value for _, value in points]
+    low = min(values, default=0)
+    high = max(values, default=1)
+    if low == high:  # The line is in the middle.
+        high = low + max(abs(low), 1e-3)
+        low = 2 * low - high
     svg = []
-    for i, label in enumerate(ticks + [name]):
+    for i, label in enumerate(tick_labels(low, high) + [name]):
         svg.append(chart_text(x, max(16, 354 - 80 * i), anchor, color, label))
-    span = np.ptp(values)
-    if span == 0:
-        span = 1
     line = []
     for step, value in points:
         right = 60 + 520 * step / last
-        down = 350 - 320 * (value - low) / span
+        down = 350 - 320 * (value - low) / (high - low)
         line.append(f"{right:.1f},{down:.1f}")
+        if len(points) <= FEW_POINTS:
+            svg.append(f"<circle cx='{right:.1f}' cy='{down:.1f}' r='3' fill='{color}'/>")
     svg.append(f"<polyline points='{' '.join(line)}' fill='none' stroke='{color}'/>")
     return svg
 

@@ -156,13 +156,11 @@ def features(teacher: act.Teacher, neighborhood: Tensor, center: Tensor, prompts
 def plain_form() -> Iterator[None]:
     """Within it act's functions and modules are the ones above; nothing else changes."""
     with (
-        mock.patch.object(act, "farthest_point_sample", farthest_point_sample),
-        mock.patch.multiple(act, knn=knn, gather_points=gather_points),
-        mock.patch.object(act, "chamfer_distance", chamfer_distance),
+        mock.patch.multiple(act, farthest_point_sample=farthest_point_sample, knn=knn),
+        mock.patch.multiple(act, gather_points=gather_points, chamfer_distance=chamfer_distance),
         mock.patch.object(act.PatchEmbed, "forward", patch_embed),
         mock.patch.object(act.DGCNN, "forward", dgcnn),
         mock.patch.object(act.FoldingDecoder, "forward", folding),
-        mock.patch.object(act.Teacher, "transform", transform),
-        mock.patch.object(act.Teacher, "features", features),
+        mock.patch.multiple(act.Teacher, transform=transform, features=features),
     ):
         yield

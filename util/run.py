@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,24 +23,28 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
 TINY = dict(num_group=32, width=192, depth=6, num_heads=3, encoder_dims=192)
 ENCODER_SIZES = dict(tiny=TINY, small={}, base={})  # what differs from the paper's encoder
 SIZES = ("auto", "tiny", "small", "base")
+RANGES = {  # what --set takes by the type of a size: lowest value, end, in words; floats are rates
+    int: (1, 2**31, "a whole number of 1 or more"),
+    float: (0, 1, "a rate from 0 to below 1"),
+}
 
 
 # -- flags ----------------------------------------------------------------------------------------
 def flag(default, help: str, paper=None, kind=None, choices=None):
     """A dataclass field that is a flag: False makes a switch, () a list. paper: published value."""
-    if default:
+    if default or (default == 0 and default is not False):
         help += f" (default: {default})"
     if paper:
         help += f" (the paper: {paper})"
-    options = dict(help=help.replace("%", "%%"))
     if kind == "positional":
-        options.update(nargs="+")
+        options = dict(nargs="+")
     elif default == ():
-        options.update(nargs="+", action="extend", default=[])
+        options = dict(nargs="+", action="extend", default=[])
     elif default is False:
-        options.update(action="store_true")
+        options = dict(action="store_true")
     else:
-        options.update(default=default, type=kind or type(default), choices=choices)
+        options = dict(default=default, type=kind or type(default), choices=choices)
+    options["help"] = help.replace("%", "%%")
     return field(default=default, metadata=dict(options=options, positional=kind == "positional"))
 
 
@@ -47,17 +52,18 @@ def flag(default, help: str, paper=None, kind=None, choices=None):
 class RunConfig:
     """The flags of every command, which adds its own. None: the size decides."""
 
-    data: str = flag("synthetic", "'synthetic' or the path of a data set", "ShapeNet-55")
+    data: str = flag("synthetic", "'synthetic' or the path of a data set")
     variant: str = flag("PB_T50_RS", "OBJ_BG, OBJ_ONLY or PB_T50_RS, of ScanObjectNN")
     area: int = flag(5, "the area of S3DIS that is the test set", 5)
     cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds")
-    points: int = flag(None, "points sampled from a cloud", 1024, int)
+    drop_invalid: bool = flag(False, "leave out the points that are not finite")
+    points: int = flag(None, "points sampled from a cloud (default: 1024, or by --size)", None, int)
     size: str = flag("auto", "auto: base on a GPU, else tiny", "base", choices=SIZES)
     out: str = flag("runs/run", "folder of the run's checkpoint, log, configuration and pictures")
-    epochs: int = flag(None, "passes over the data", None, int)
-    steps: int = flag(None, "train for so many steps instead", None, int)
-    batch_size: int = flag(None, "clouds per step, over all processes", None, int)
-    lr: float = flag(None, "peak learning rate", None, float)
+    epochs: int = flag(None, "passes over the data (default: by --size)", None, int)
+    steps: int = flag(None, "train for so many steps instead of --epochs", None, int)
+    batch_size: int = flag(None, "clouds per step in all (default: by --size)", None, int)
+    lr: float = flag(None, "peak learning rate (default: by --size)", None, float)
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("auto", "auto: bf16 if native, or fp32", choices=("auto", "fp32", "bf16"))
@@ -83,11 +89,25 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
     words = []  # --batch_size=2 is --batch-size=2
     for word in sys.argv[1:] if argv is None else argv:
         words.append(re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word))
-    config = config_class(**vars(parser.parse_args(words)))
-    for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise act.UserError(f"--{name.replace('_', '-')}: expected 0 or more, got {value}")
-    return config
+    given = vars(parser.parse_args(words))
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not 0 <= value < 2**63:
+            raise act.UserError(f"--{name.replace('_', '-')}: expected 0 to 2^63, got {value}")
+    if given.get("steps") is not None and given["epochs"] is not None:
+        raise act.UserError(f"--steps {given['steps']}: expected no --epochs beside it")
+    return config_class(**given)
+
+
+def preset_help(presets: dict, task: str = "") -> str:
+    """What each size, of each task, takes of the flags that are not given: a line for each."""
+    text = ""
+    for name, values in presets.items():
+        if name in SIZES:
+            flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in values.items()]
+            text += f"\n    {task}{name:7}{' '.join(flags)}"
+        else:
+            text += preset_help(values, f"{name:10}")
+    return text
 
 
 def override(config, pairs: list[str], names: list[str]):
@@ -97,20 +117,24 @@ def override(config, pairs: list[str], names: list[str]):
         if name not in names:
             raise act.UserError(f"--set {pair}: expected a value of {', '.join(names)}")
         kind = type(getattr(config, name))
+        lowest, end, wanted = RANGES[kind]
         try:
             value = kind(text)
-        except ValueError as error:
-            raise act.UserError(f"--set {pair}: expected {name} of {kind.__name__}") from error
-        if kind is int and value < 1:
-            raise act.UserError(f"--set {pair}: expected 1 or more")
-        if kind is float and not 0 <= value < 1:  # floats here are drop rates
-            raise act.UserError(f"--set {pair}: expected a rate from 0 to below 1")
+        except ValueError:
+            value = end  # which is refused
+        if not lowest <= value < end:
+            raise act.UserError(f"--set {pair}: expected {name} to be {wanted}")
         config = replace(config, **{name: value})
     return config
 
 
-def run_command(main, config_class, description: str) -> None:
+def run_command(main, config_class, description: str, presets: dict | None = None) -> None:
     """Runs main(config); a user's mistake, a full GPU and Ctrl-C are one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that a console cannot show are escaped
+            stream.reconfigure(errors="backslashreplace")
+    if presets:
+        description += f"\nDefaults by --size:\n{preset_help(presets)}"
     try:
         main(parse_flags(config_class, description))
         sys.stdout.flush()
@@ -131,11 +155,12 @@ def run_command(main, config_class, description: str) -> None:
 def setup(config, presets: dict):
     """(config with the presets of its size, device). Seeds torch and joins torchrun's processes."""
     torch.set_flush_denormal(True)  # gradients of a sharp softmax: stage I 2.4 -> 8.3 clouds/s
+    check_apart(config.data, config.out)
     device = pick_device(config.device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     torch.manual_seed(config.seed)
     size = config.size
     if size == "auto":
@@ -145,6 +170,15 @@ def setup(config, presets: dict):
         if getattr(config, name, value) in (None, "auto"):
             config = replace(config, **{name: value})
     return config, device
+
+
+def check_apart(data: str, out: str) -> None:
+    """UserError if --out is in --data or holds it: a run's pictures would be taken for clouds."""
+    source = Path(data).resolve()
+    folder = Path(out).resolve()
+    inside = source.is_relative_to(folder) or folder.is_relative_to(source)
+    if inside and data != "synthetic":
+        raise act.UserError(f"--out {out}: expected a folder apart from --data {data}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -164,11 +198,11 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(device: torch.device) -> str:
     """bf16 where the hardware multiplies in it, for conversion alone does not pay; else fp32."""
-    cpuinfo = Path("/proc/cpuinfo")
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text())
+    elif os.path.exists("/proc/cpuinfo"):
+        native = re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text())
     return "bf16" if native else "fp32"
 
 
@@ -201,7 +235,8 @@ def plan(config, count: int):
     """The config with batch size, steps and epochs settled for `count` clouds."""
     batch_size = min(config.batch_size, count // WORLD * WORLD)
     if batch_size < 1 or batch_size % WORLD:
-        raise act.UserError(f"--batch-size {batch_size}: expected a multiple of {WORLD} processes")
+        expected = "1 or more" if WORLD == 1 else f"a multiple of {WORLD} processes"
+        raise act.UserError(f"--batch-size {batch_size}: expected {expected}")
     steps_per_epoch = count // batch_size
     steps = config.epochs * steps_per_epoch if config.steps is None else config.steps
     epochs = math.ceil(steps / steps_per_epoch)
@@ -235,12 +270,9 @@ def set_lr(optimizer, step: int, config, end: float, warmup: int, start: float =
 
 def new_norms(model, step: int) -> list:
     """The BatchNorms that have seen no batch before this run, which has done `step` steps."""
-    norms = []
-    for module in model.modules():
-        is_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        if is_norm and int(module.num_batches_tracked) <= step:
-            norms.append(module)
-    return norms
+    norm_class = torch.nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, norm_class)]
+    return [norm for norm in norms if int(norm.num_batches_tracked) <= step]
 
 
 def set_momentum(norms: list, step: int) -> None:
@@ -274,6 +306,7 @@ def gradient_norm(model) -> torch.Tensor:
 def parallel(model, config):
     """The model as a loop calls it: blocks compiled if asked, gradients averaged over processes."""
     if config.compile:
+        print("compiling the Transformer blocks in the first step ...", flush=True)
         for module in model.modules():
             if isinstance(module, act.Block):
                 module.compile()  # block by block: seconds, where the whole would take minutes
@@ -308,7 +341,8 @@ FREE_SETTINGS = "out resume log_every cache data device compile epochs vote".spl
 
 
 def begin(config, model, optimizer, names: list[str]):
-    """Opens --out, moves an earlier run aside: (the Log, the checkpoint it resumes or None)."""
+    """Opens --out, moves an earlier run aside: (the Log, the checkpoint it resumes or None).
+    `names` are the training clouds' identities: with others the run is not resumed."""
     folder = open_folder(config.out)
     log = Log(folder, config, describe_run(config, model, names))
     state = None
@@ -335,7 +369,8 @@ def open_folder(out: str) -> Path:
         if RANK == 0 and os.name == "posix":
             import fcntl  # POSIX alone has it
 
-            file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # closing it would unlock
+            flags = os.O_CREAT | os.O_RDWR
+            file = os.open(folder / ".lock", flags, 0o666)  # closing it would unlock
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise act.UserError(f"--out {out}: in use by another run") from error
@@ -359,6 +394,8 @@ def load_state(log: "Log", model, optimizer, steps_per_epoch: int) -> dict:
     if not isinstance(state, dict) or "settings" not in state:
         raise act.UserError(f"{path}: expected the checkpoint of a run, got something else")
     now = log.about["settings"]
+    if now["clouds"] != state["settings"].get("clouds"):
+        raise act.UserError(f"{path}: the clouds differ from those that it was trained on")
     longer = now["steps"] > state["settings"]["steps"]
     changed = []
     for name, value in state["settings"].items():
@@ -398,6 +435,7 @@ class Log:
         self.epoch = 0  # epochs done
         self.rows = []
         self.steps = []  # what was added in this epoch: a dict for each step
+        self.shown = 0  # the last step of which a line was printed
         self.began = time.monotonic()
 
     def add(self, **values) -> None:
@@ -425,7 +463,8 @@ class Log:
     def close(self, **metrics) -> None:
         """The last row, with the closing metrics, and a line on the run."""
         self.write(self.epoch, metrics)
-        print(f"{self.rows[-1]['seconds']:.0f} s for {self.step} steps; results in {self.folder}")
+        work = f" for {self.step} steps" if self.step else ""
+        print(f"{self.rows[-1]['seconds']:.0f} s{work}; results in {self.folder}")
 
     def means(self, steps: list[dict]) -> dict:
         """Tensors are averaged over steps and processes; of plain numbers the last is kept."""
@@ -450,7 +489,10 @@ class Log:
 
     def show(self) -> None:
         """Prints the numbers of the last row in a line that begins with its epoch."""
-        shown = [f"epoch {self.rows[-1]['epoch']}", self.pace()]
+        shown = [f"epoch {self.rows[-1]['epoch']}"]
+        if self.step > self.shown:  # else the line before has said it
+            shown.append(self.pace())
+        self.shown = self.step
         for name, value in self.rows[-1].items():
             if name not in ("epoch", "step", "seconds") and isinstance(value, (int, float)):
                 shown.append(f"{name} {value:.4g}")
@@ -462,3 +504,13 @@ class Log:
         minutes = (self.config.steps - self.step) / rate / 60
         speed = f"{rate * self.config.batch_size:.1f} clouds/s"
         return f"step {self.step} of {self.config.steps}  {speed}  {minutes:.1f} min left"
+
+
+def progress(items, what: str):
+    """Yields the items of a list; every ten seconds it prints how many of them are done."""
+    shown = time.monotonic()
+    for i, item in enumerate(items):
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"{what}: {i} of {len(items)}", flush=True)
+        yield item

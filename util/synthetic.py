@@ -75,9 +75,7 @@ def cone_surface(kind, size, t, turn, rng):
 def mirrored(part, kind, center, size):
     """Copies of a primitive at x and -x, and at z and -z unless z is 0: two or four of them."""
     x, y, z = center
-    places = [(-x, y, z), (x, y, z)]
-    if z != 0:
-        places = [(-x, y, -z), (-x, y, z), (x, y, -z), (x, y, z)]
+    places = sorted({(-x, y, -z), (-x, y, z), (x, y, -z), (x, y, z)})
     return [Primitive(part, kind, place, size) for place in places]
 
 

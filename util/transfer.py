@@ -1,28 +1,23 @@
 """Transfer of a pretrained encoder (Sec. 5): what the tasks of finetune.py and segment.py share.
 
-A downstream task gives a label to each cloud or to each point. To add one:
-
- 1. Write one subclass of `Task` (below), in finetune.py if it labels clouds, in segment.py if it
-    labels points. `Classification` in finetune.py is a full example.
- 2. Register it in that command's table TASKS under the name that --task takes. The command
-    constructs it as TASKS[name](config, data, sizes, device): the flags, the opened --data, the
-    encoder's sizes (see `encoder_sizes`) and the torch device.
- 3. Give that name a row in the command's table PRESETS: for each --size the values of the flags
-    that the user leaves out (points, epochs, batch_size, lr). Then `train` trains it under every
-    flag of `TransferConfig`.
+To add a task, write a subclass of `Task`, as Classification in finetune.py is. Add it to TASKS of
+that command, which makes it as TASKS[name](config, data, sizes, device), and to PRESETS, the values
+of the flags that the user leaves out. `train` does the rest.
 
 Shapes: B clouds of a batch, N points of each (--points), L labels.
 """
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import act
-from util import pictures, run
+from util import clouds, pictures, run
 
 # -- config ----------------------------------------------------------------------------------------
 PROTOCOLS = ("full", "mlp3", "linear")
@@ -39,50 +34,61 @@ class TransferConfig(run.RunConfig):
     checkpoint: str = run.flag("runs/student/last.pt", "a student; none: from scratch")
     augment: str = run.flag("auto", "auto: as published", choices=AUGMENTATIONS)
     weight_decay: float = run.flag(0.05, "AdamW's weight decay", 0.05)
+    unused: ClassVar[dict] = {}  # task -> the flags that it does not use
 
     def __post_init__(self):
         if not self.out:
             self.out = f"runs/{self.task}"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.unused.get(self.task, []) and value != field.default:
+                flag = field.name.replace("_", "-")
+                raise act.UserError(f"--{flag}: expected none for {self.task}, got {value}")
+
+
+def describe(config: TransferConfig) -> str:
+    """The settings of a run, for the lines that open and close it."""
+    text = f"{config.task}, {config.data}, size {config.size}"
+    if "augment" in config.unused.get(config.task, []):
+        return text
+    return f"{text}, {config.protocol}, augmentation {config.augment}, {config.precision}"
 
 
 # -- task ------------------------------------------------------------------------------------------
 class Task:
-    """A downstream task, as `train` sees it. Only the first of several processes calls `evaluate`
-    and `finish`."""
+    """What `train` needs of a task. Subclasses set `config` and `names`, and define:
 
-    names: list  # of the training clouds, one for each index that `sample` is given
-    loss_weight = None  # of each label in the cross-entropy, a tensor (L,) on the device
-    metric = ""  # of `evaluate`, highest at the best epoch; "": evaluate after the last only
-
-    def build_model(self) -> nn.Module:
-        """A new network with a `config` (a subclass of act.EncoderConfig), an `encoder`
+    build_model(): a new network with a `config` (a subclass of act.EncoderConfig), an `encoder`
         (act.Encoder) and, for the protocols mlp3 and linear, `freeze_encoder()`. It maps xyz, and
-        the category if `sample` returns one, to logits (B, L) or (B, N, L)."""
-        raise NotImplementedError
+        the category if `sample` returns one, to logits (B, L) or (B, N, L).
+    sample(indices, step, generator): the training clouds of a step, on the device: xyz (B, N, 3);
+        their int64 labels (B,) or (B, N); category, int64 (B,), or None. The indices, on the CPU,
+        are the batch of all processes. The generator is seeded for the step, so that runs resume.
+    evaluate(model): metrics of the test clouds by name. It puts the model in eval mode.
+    finish(model, folder): further metrics. It prints tables and writes pictures.
 
-    def sample(self, indices: torch.Tensor, step: int, generator: torch.Generator) -> tuple:
-        """The training clouds of a step, on the device: xyz (B, N, 3); target, their int64 labels
-        (B,) or (B, N); category, int64 (B,), or None for a network that takes none.
+    Of several processes the first alone calls `evaluate` and `finish`."""
 
-        indices: (B,) int64 on the CPU, the batch of all processes. Randomness comes from generator,
-        seeded for this step, or from `step`, so that a resumed run repeats it."""
-        raise NotImplementedError
+    names: list  # what tells each training cloud, for --resume to compare
+    loss_weight = None  # of each label, a tensor (L,) on the device
+    metric = ""  # highest at the best epoch; "": evaluate after the last epoch only
+    turn = staticmethod(clouds.rotate_y)  # about the vertical axis
+    move = staticmethod(clouds.scale_translate)
 
     def augment(self, xyz: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The clouds (B, N, 3) of a step, augmented as --augment says."""
+        """Clouds (B, N, 3), turned or moved (Sec. 5) as --augment says."""
+        if self.config.augment == "rotate":
+            return self.turn(xyz, generator)
+        if self.config.augment == "scale_translate":
+            return self.move(xyz, generator)
         return xyz
-
-    def evaluate(self, model: nn.Module) -> dict:
-        """Puts the model in eval mode. Returns metrics of the test clouds, name -> number."""
-        raise NotImplementedError
-
-    def finish(self, model: nn.Module, folder: Path) -> dict:
-        """Prints tables and writes pictures of the last `evaluate`. Returns further metrics."""
-        return {}
 
 
 # -- model -----------------------------------------------------------------------------------------
-def load_source(config: TransferConfig) -> nn.Module | None:
+Source = nn.Module | None  # the model of --checkpoint, if one is given
+
+
+def load_source(config: TransferConfig) -> Source:
     """The model of --checkpoint, ours or official, on the CPU; None if that is `none`."""
     path = config.checkpoint
     if path == "none":
@@ -92,14 +98,14 @@ def load_source(config: TransferConfig) -> nn.Module | None:
     return run.load_model(path, "cpu", act.Student, act.Classifier, act.Segmenter)
 
 
-def encoder_sizes(config: TransferConfig, source: nn.Module | None, size: str = "auto") -> dict:
+def encoder_sizes(config: TransferConfig, source: Source, size: str = "auto") -> dict:
     """Sizes of the encoder, without `normalized`: those of `source`, else of --size.
-    `size` is what the user typed: UserError if it contradicts the checkpoint."""
+    `size` is what the user typed, a UserError if the checkpoint has others."""
     own = act.EncoderConfig(points=1024, **run.ENCODER_SIZES[config.size])
     c = own if source is None else source.config
     if size != "auto" and (c.width, c.depth) != (own.width, own.depth):
-        expected = f"width {c.width} and depth {c.depth} of {config.checkpoint}"
-        raise act.UserError(f"--size {size}: expected {expected}, got {own.width} and {own.depth}")
+        expected = f"width {c.width} and depth {c.depth} as in {config.checkpoint}"
+        raise act.UserError(f"--size {size}: expected {expected}, got {own.width}, {own.depth}")
     sizes = {field.name: getattr(c, field.name) for field in fields(act.EncoderConfig)}
     del sizes["normalized"]
     sizes["points"] = config.points
@@ -107,24 +113,28 @@ def encoder_sizes(config: TransferConfig, source: nn.Module | None, size: str = 
     return sizes
 
 
-def start_model(
-    config: TransferConfig, model: nn.Module, source: nn.Module | None, device: torch.device
-) -> nn.Module:
-    """The model on the device, with the encoder of `source`, frozen if --protocol says so."""
+def check_labels(config: TransferConfig, count: np.ndarray) -> None:
+    """UserError unless two labels or more are trained on; `count`: (L,) clouds or points."""
+    if (count > 0).sum() < 2:
+        raise act.UserError(f"{config.data}: expected 2 or more classes to train on, got 1")
+
+
+def start_model(config: TransferConfig, model: nn.Module, source: Source) -> nn.Module:
+    """The model with the encoder of `source`, frozen if --protocol says so."""
     if config.protocol != "full":
         model.freeze_encoder()
     if source is not None:
         keys = model.encoder.load_state_dict(source.encoder.state_dict(), strict=False)
-        new = ", ".join(keys.missing_keys + _modules_beside_encoder(model))
+        new = ", ".join(keys.missing_keys + _modules_beside_encoder(model)) or "nothing"
         unused = ", ".join(keys.unexpected_keys + _modules_beside_encoder(source))
-        report = f"newly initialised: {new}; not used: {unused}"
-        print(f"loaded the encoder in {config.checkpoint}; {report}")
+        print(f"loaded the encoder in {config.checkpoint}")
+        print(f"newly initialised: {new}; not used: {unused}")
     c = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
     sizes = f"width {c.width}, depth {c.depth}, {count / 1e6:.1f} M parameters"
     patches = f"{c.num_group} patches of {c.group_size} of {c.points} points"
     print(f"{type(model).__name__}: {sizes}, {patches}")
-    return model.to(device)
+    return model
 
 
 def _modules_beside_encoder(model):
@@ -132,19 +142,18 @@ def _modules_beside_encoder(model):
 
 
 # -- training --------------------------------------------------------------------------------------
-def train(
-    config: TransferConfig, task: Task, source: nn.Module | None, device: torch.device
-) -> run.Log:
-    """Trains a network for a task and evaluates it. Returns the run's log with its closing row."""
+def train(config: TransferConfig, task: Task, source: Source, device: torch.device) -> run.Log:
+    """Trains a network for a task and evaluates it. Returns the run's log."""
     count = len(task.names)
     config = run.plan(config, count)
     least = 2 * run.WORLD  # for BatchNorm
     if config.batch_size < least:
-        raise act.UserError(f"--batch-size: expected {least} or more, got {config.batch_size}")
+        expected = f"expected {least} or more of {count} training clouds"
+        raise act.UserError(f"--batch-size: {expected}, got {config.batch_size}")
 
     # -- model
     torch.manual_seed(config.seed)  # the same head for any encoder
-    model = start_model(config, task.build_model(), source, device)
+    model = start_model(config, task.build_model(), source).to(device)
 
     # -- optimizer
     optimizer = run.adamw(model, config.lr, config.weight_decay)
@@ -170,7 +179,7 @@ def train(
             loss = F.cross_entropy(logits, target[own].flatten(), task.loss_weight)
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10)  # as published
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 10)  # as published
             optimizer.step()
             log.add(loss=loss, grad_norm=grad_norm, lr=lr)
         if task.metric and run.RANK == 0:
@@ -182,19 +191,14 @@ def train(
     if run.RANK == 0:
         if not metrics:
             metrics = task.evaluate(model)
-        closing = task.finish(model, log.folder) | _best_epoch(log.rows, task.metric)
+        closing = task.finish(model, log.folder)
+        rows = [row for row in log.rows if task.metric in row]
+        if rows:
+            best = max(rows, key=lambda row: row[task.metric])
+            closing |= {f"best_{task.metric}": best[task.metric], "best_epoch": best["epoch"]}
         pictures.write_chart(log.folder / "loss.svg", log.rows)
         close(log, config, metrics | closing)
     return log
-
-
-def _best_epoch(rows, metric):
-    """The highest value of a metric among the rows that have it, and its epoch."""
-    rows = [row for row in rows if metric in row]
-    if not rows:
-        return {}
-    best = max(rows, key=lambda row: row[metric])
-    return {f"best_{metric}": best[metric], "best_epoch": best["epoch"]}
 
 
 def close(log: run.Log, config: TransferConfig, metrics: dict) -> None:
@@ -203,6 +207,18 @@ def close(log: run.Log, config: TransferConfig, metrics: dict) -> None:
     shown = []
     for name, value in metrics.items():
         if isinstance(value, float):
-            shown.append(f"{name} {value:.2f}")
-    settings = f"{config.task}, {config.protocol}, {config.data}, augmentation {config.augment}"
-    print(f"{settings}: {', '.join(shown)}")
+            shown.append(f"{name} {value:.4g}")
+    print(f"{describe(config)}: {', '.join(shown)}")
+
+
+def write_examples(path: Path, shown: dict, colors: np.ndarray) -> None:
+    """A gallery: each cloud painted by its true and, beside it, by its predicted labels.
+    shown: caption -> xyz (N, 3), truth and prediction, both (N,) or one label."""
+    rows = []
+    for xyz, truth, predicted in shown.values():
+        row = []
+        for labels in (truth, predicted):
+            row.append((xyz, np.broadcast_to(colors[labels], xyz.shape)))
+        rows.append(row)
+    pictures.write_gallery(path, rows, columns=4)
+    print(f"{path}.png: truth and prediction of {', '.join(shown)}")

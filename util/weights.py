@@ -1,6 +1,7 @@
 """Public weights of image and text Transformers: by name or from a file, in every common layout.
 
     backbone = weights.load_pretrained("vit_base_patch16_384")
+    backbone = weights.load_pretrained("timm/vit_small_patch14_dinov2.lvd142m")
     backbone = weights.load_pretrained("clip/ViT-B-16.pt")
 
 Nothing in a file runs. A key that the layout does not know is an error, and so is a missing one.
@@ -9,7 +10,6 @@ Nothing in a file runs. A key that the layout does not know is an error, and so 
 import hashlib
 import http.client
 import json
-import os
 import re
 import shutil
 import sys
@@ -51,15 +51,21 @@ PUBLISHED = {
     "roberta_base": HUGGING_FACE.format("FacebookAI/roberta-base"),
     "minilm_l6": HUGGING_FACE.format("sentence-transformers/all-MiniLM-L6-v2"),
 }
+TIMM_NAME = re.compile(r"timm/[\w.-]+")  # published by timm
 SHA256 = re.compile("[-/]([0-9a-f]{8,64})[./]")  # in an address: how the file's hash begins
-NUM_HEADS = {"minilm_l6": 12}  # the only published model whose heads are not 64 wide
+# A CLIP has OpenAI's QuickGELU or plain GELU. OpenAI's archive holds these keys, other files are
+# told apart by name, as in timm's notes. What timm itself tuned (openai_ft) is plain.
+OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
+QUICK_GELU = "quick[-_]?gelu|openai(?!_ft)|metaclip_(400m|2pt5b)|dfn5b"
+QUICK_GELU += "|b(ase_patch|[-_]?)32.*laion400m"
+PLAIN_GELU = "laion|open[-_]?clip|datacomp|openai_ft"
 CONFIG_TYPES = {"num_attention_heads": int, "hidden_size": int, "layer_norm_eps": float}
 
 
 # -- Layouts --------------------------------------------------------------------------------------
 # Name of a tensor, or of a module with all below it -> timm's; {}: a block. The nearest row counts.
 def below(old: str, new: str, names: dict) -> dict:
-    """The rows for what is below a module, which is called `old` in the file and `new` in timm."""
+    """The rows for what is below a module, called `old` in the file and `new` in timm."""
     return {f"{old}.{key}": f"{new}.{value}" for key, value in names.items()}
 
 
@@ -67,9 +73,12 @@ IN_PROJ = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias", "out_proj
 QKV = {"query": "q", "key": "k", "value": "v"}
 QKV_PROJ = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
 DENSE = {"attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"}
-DENSE |= {"output.dense": "mlp.fc2"}  # in Hugging Face's BERT and in its older ViT
-TIMM_NAMES = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "blocks", "norm")
-TIMM = {name: name for name in TIMM_NAMES} | {"register_tokens": "reg_token"}
+DENSE |= {"output.dense": "mlp.fc2"}  # BERT's and the older ViT's
+TIMM_NAMES = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.proj", "norm")
+TIMM = {name: name for name in TIMM_NAMES}
+TIMM |= {"norm_pre": "norm_pre", "register_tokens": "reg_token"}
+TIMM_BLOCK = ("norm1", "attn.qkv", "attn.proj", "ls1", "norm2", "mlp.fc1", "mlp.fc2", "ls2")
+TIMM |= below("blocks.{}", "blocks.{}", {name: name for name in TIMM_BLOCK})
 TORCHVISION = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
 TORCHVISION |= {"conv_proj": "patch_embed.proj", "encoder.ln": "norm"}
 TORCHVISION_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
@@ -98,12 +107,12 @@ BERT_BLOCK = {"attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2"
 BERT_BLOCK |= DENSE | below("attention.self", "attn", QKV)
 BERT = below("encoder.layer.{}", "blocks.{}", BERT_BLOCK)
 WRAPPINGS = ("model", "state_dict", "teacher", "base_model", "model_state_dict")
-PREFIXES = ("module.", "backbone.", "base_model.", "opt.target.")
+PREFIXES = re.compile(r"^(module\.|backbone\.|base_model\.|opt\.target\.)+")
 TIMM_DROPPED = ("head.", "head_dist.", "pre_logits.", "dino_head.", "ibot_head.")
+TIMM_DROPPED += ("fc_norm.", "attn_pool.")
 MAE_DROPPED = ("mask_token", "decoder_")
 CLIP_DROPPED = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
-CLIP_DROPPED += ("visual.proj", "text_projection", "logit_scale", "input_resolution")
-CLIP_DROPPED += ("context_length", "vocab_size")
+CLIP_DROPPED += ("visual.proj", "text_projection", "logit_scale") + OPENAI_KEYS
 VIT_DROPPED = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
 BERT_DROPPED = ("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.")
 CLIP_KIND = {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}
@@ -113,7 +122,7 @@ BERT_KIND = {"eps": 1e-12, "norm_first": False}
 class Layout(NamedTuple):
     mark: str  # the tensor by whose name the layout is recognised
     names: dict  # old name -> new name
-    dropped: tuple = ()  # how the names of tensors begin that are of no use here
+    dropped: tuple = ()  # how the names of tensors without use begin
     kind: dict = {}  # fields of act.BackboneConfig that are not as in timm's ViT
 
 
@@ -160,7 +169,7 @@ def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
 
 # -- What a file holds ----------------------------------------------------------------------------
 class Unread:
-    """Stands for what numpy's scalars among the metrics call as they load: none of it runs."""
+    """Stands for numpy's scalars and argparse's flags, neither of which runs."""
 
     def __init__(self, *args):
         pass
@@ -168,14 +177,15 @@ class Unread:
     __setstate__ = __init__
 
 
-NUMPY_NAMES = [(Unread, "numpy.dtype"), (Unread, "numpy.ndarray"), (Unread, "_codecs.encode")]
+ADMITTED = [(Unread, "argparse.Namespace"), (Unread, "_codecs.encode")]
+ADMITTED += [(Unread, "numpy.dtype"), (Unread, "numpy.ndarray"), (Unread, "pathlib.PosixPath")]
 for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
-    NUMPY_NAMES += [(Unread, f"{module}.scalar"), (Unread, f"{module}._reconstruct")]
+    ADMITTED += [(Unread, f"{module}.scalar"), (Unread, f"{module}._reconstruct")]
 
 
 @contextmanager
 def parsing(path):
-    """Around one call of a foreign parser, which may raise anything: it becomes a UserError."""
+    """Around a call of a foreign parser: whatever it raises becomes a UserError."""
     try:
         yield
     except Exception as error:
@@ -203,14 +213,14 @@ def read_tensors(path):
                 return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if any(name.endswith("/constants.pkl") for name in names):
             return read_torchscript(path)
-    with parsing(path), torch.serialization.safe_globals(NUMPY_NAMES), open(path, "rb") as file:
+    with parsing(path), torch.serialization.safe_globals(ADMITTED), open(path, "rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_torchscript(path) -> dict:
-    """The tensors of an archive without a method __setstate__, which would run as it is loaded."""
+    """The tensors of an archive, refused if a __setstate__ would run as it loads."""
     with parsing(path), zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():  # a name can be there twice, and torch ignores its case
+        for entry in archive.infolist():  # names may be there twice, torch ignores their case
             is_code = entry.filename.lower().endswith(".py")
             if is_code and b"__setstate__" in archive.read(entry):
                 raise act.UserError("code that would run")
@@ -218,7 +228,7 @@ def read_torchscript(path) -> dict:
 
 
 def find_state_dict(obj, path) -> dict:
-    """The tensors by name inside the usual wrappings, without the prefixes of wrappers."""
+    """The tensors by name inside the usual wrappings, without their prefixes."""
     for key in WRAPPINGS:
         if isinstance(obj, dict) and isinstance(obj.get(key), dict):
             obj = obj[key]
@@ -226,21 +236,12 @@ def find_state_dict(obj, path) -> dict:
     if isinstance(obj, dict):
         for key, value in obj.items():
             if isinstance(value, torch.Tensor):
-                state[str(key).replace("/", ".")] = value
+                # A compiled module adds _orig_mod. in its place.
+                name = str(key).replace("/", ".").replace("_orig_mod.", "")
+                state[PREFIXES.sub("", name)] = value
     if not state:
         raise act.UserError(f"{path}: expected a state dict, got no tensors by name")
-    return without_prefixes(state, PREFIXES)
-
-
-def without_prefixes(state: dict, prefixes: tuple) -> dict:
-    """The state dict with names that begin with none of these prefixes."""
-    stripped = {}
-    for key, value in state.items():
-        while key.startswith(prefixes):
-            for prefix in prefixes:
-                key = key.removeprefix(prefix)
-        stripped[key] = value
-    return stripped
+    return state
 
 
 def tensor(state: dict, name: str, ndim: int, path) -> torch.Tensor:
@@ -253,7 +254,7 @@ def tensor(state: dict, name: str, ndim: int, path) -> torch.Tensor:
 
 
 def fuse_qkv(state: dict, path) -> dict:
-    """The state dict with query, key and value matrices fused to one, in that order, as in timm."""
+    """The state dict with query, key and value fused to one matrix, as in timm."""
     fused = dict(state)
     for query in state:
         if ".attn.q." not in query:
@@ -271,7 +272,7 @@ def fuse_qkv(state: dict, path) -> dict:
 
 
 def from_jax(state: dict, path) -> dict:
-    """JAX's kernels are (in, out), heads apart, or (H, W, in, out); torch's (out, in, H, W)."""
+    """From JAX's kernels (in, out), heads apart, or (H, W, in, out) to torch's order."""
     converted = {}
     for key, value in state.items():
         if key == "patch_embed.proj.kernel":
@@ -290,93 +291,115 @@ def from_jax(state: dict, path) -> dict:
 
 # -- Backbones, by name or from a file -------------------------------------------------------------
 def pretrained_names() -> dict[str, str]:
-    """The names that load_pretrained knows, each with the address of its file."""
+    """The names that load_pretrained knows, with the addresses of their files."""
     return dict(PUBLISHED)
 
 
 def download(name: str) -> Path:
-    """The file of a published name in torch.hub's cache, fetched on first use, else UserError."""
-    url = PUBLISHED[name]
+    """The published file in torch.hub's cache, fetched on first use; else UserError."""
+    url = PUBLISHED.get(name)
+    if url is None:  # timm's models with QuickGELU share the files of those without
+        url = HUGGING_FACE.format(name.replace("_quickgelu", ""))
     file_name = url.rpartition("/")[2]
     if file_name == "model.safetensors":  # so many models call it
         file_name = f"{name}.safetensors"
     path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
     if path.exists():
         return path
-    with files.reading(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{file_name}.{os.getpid()}.tmp")
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
     try:
-        fetch(url, unfinished)
-        read_tensors(unfinished)  # neither half a file nor the page of a proxy
-        os.replace(unfinished, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(request, timeout=10) as response:
+            print(f"downloading {url}", file=sys.stderr)
+            with files.complete_file(path) as file:
+                shutil.copyfileobj(response, file)
+                file.flush()
+                check_download(file.name, url)
     except (OSError, http.client.HTTPException, act.UserError) as error:
         message = f"{path}: expected the weights {name}, but {url} gave none ({error})"
         raise act.UserError(f"{message}; download that file by other means") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
-def fetch(url: str, path: Path) -> None:
-    """Writes what the address holds to the path; UserError if it states another hash."""
-    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-    with urllib.request.urlopen(request, timeout=10) as response, open(path, "wb") as file:
-        print(f"downloading {url}", file=sys.stderr)
-        shutil.copyfileobj(response, file)
+def check_download(path, url: str) -> None:
+    """UserError for another hash than the address states, or no weight file."""
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     stated = SHA256.search(url)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if stated and not digest.startswith(stated[1]):
         raise act.UserError(f"expected the hash {stated[1]}, got {digest}")
+    read_tensors(path)
 
 
 def load_pretrained(name_or_path, num_heads: int | None = None) -> act.Backbone:
-    """A pretrained Backbone in eval mode, by a name of pretrained_names() or from a file.
+    """A pretrained Backbone in eval mode, by a name of pretrained_names(), timm/NAME or a file.
 
-    Layouts: timm / DeiT / MAE / DINO / DINOv2, torchvision, Hugging Face ViT, OpenAI CLIP (visual),
-    JAX AugReg .npz, BERT, RoBERTa. Heads: those of config.json beside the file, else `num_heads`,
-    else those of the file (JAX), else width // 64. UserError for any other file."""
+    Layouts: timm / DeiT / MAE / DINO / DINOv2, torchvision, Hugging Face ViT, CLIP (visual), JAX
+    AugReg .npz, BERT, RoBERTa. Heads: those of config.json beside the file, else `num_heads`, else
+    those of the file (JAX), else by the width as in act.HEADS (BERT's 384: 12). A GELU by tanh
+    (SigLIP so400m) becomes the exact one, which differs by less than 0.001.
+    UserError for other files, or if nothing tells the heads or a CLIP's activation."""
     name = str(name_or_path)
     path = Path(name)
-    if name in PUBLISHED:
+    if name in PUBLISHED or (TIMM_NAME.fullmatch(name) and not path.exists()):
         path = download(name)
-        num_heads = num_heads or NUM_HEADS.get(name)
     if not path.is_file():
-        raise act.UserError(f"{path}: expected a file or one of the names {', '.join(PUBLISHED)}")
+        names = ", ".join(PUBLISHED)
+        raise act.UserError(f"{path}: expected a file, timm/NAME or one of the names {names}")
     published = read_config(path)
     num_heads = published.get("num_attention_heads", num_heads)
-    state = find_state_dict(read_tensors(path), path)
-    state, config = translate(state, num_heads, path)
+    tensors = find_state_dict(read_tensors(path), path)
+    state, config = translate(tensors, num_heads, path)
     config.eps = published.get("layer_norm_eps", config.eps)
     width = published.get("hidden_size", config.width)
     if width != config.width:
         raise act.UserError(f"{path}: config.json: expected width {config.width}, got {width}")
+    is_openai = any(key in tensors for key in OPENAI_KEYS)
+    if "hidden_act" in published:
+        config.quick_gelu = published["hidden_act"] == "quick_gelu"
+    elif config.norm_pre and not is_openai:
+        config.quick_gelu = is_quick_by_name(path)
     return act.build_backbone(state, config, path)
 
 
 def translate(state: dict, num_heads: int | None, path) -> tuple[dict, act.BackboneConfig]:
-    """The state dict under timm's names, whatever its layout, and the config of its blocks."""
+    """The state dict under timm's names and the config of its blocks. A CLIP has QuickGELU."""
     roberta = any(key.startswith("roberta.") for key in state)
-    positions = state.get("embeddings.position_embeddings.weight", torch.empty(0))
-    state = without_prefixes(state, ("vit.", "bert.", "roberta."))
-    for key in list(state):  # as older files call a LayerNorm's weight and bias
-        new_key = key.replace("LayerNorm.gamma", "LayerNorm.weight")
-        state[new_key.replace("LayerNorm.beta", "LayerNorm.bias")] = state.pop(key)
-    layout = find_layout(state, LAYOUTS, path)
-    state = rename(state, layout.names, layout.dropped, path)
+    stripped = {}
+    for key, value in state.items():
+        key = re.sub(r"^(vit|bert|roberta)\.", "", key)
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight")  # as older files call them
+        stripped[key.replace("LayerNorm.beta", "LayerNorm.bias")] = value
+    layout = find_layout(stripped, LAYOUTS, path)
+    state = rename(stripped, layout.names, layout.dropped, path)
     if layout.names is JAX:
         query = tensor(state, "blocks.0.attn.q.kernel", 3, path)  # (C, heads, C / heads)
         num_heads = num_heads or query.shape[1]
         state = from_jax(state, path)
+    if layout.names is BERT and state["blocks.0.norm2.weight"].shape == (384,):
+        num_heads = num_heads or 12  # MiniLM and its descendants
     state = fuse_qkv(state, path)
     config = replace(act.backbone_config(state, path, num_heads), **layout.kind)
+    if "norm_pre.weight" in state:
+        config = replace(config, **CLIP_KIND)
+    positions = stripped.get("embeddings.position_embeddings.weight", torch.empty(0))
     if roberta or positions.shape[:1] == (514,):  # 512 and the 2 that RoBERTa adds
         config.eps = 1e-5
     return state, config
 
 
+def is_quick_by_name(path: Path) -> bool:
+    """Whether a CLIP has QuickGELU, by its file's name; else UserError."""
+    name = path.name.lower()
+    if re.search(QUICK_GELU, name):
+        return True
+    if re.search(PLAIN_GELU, name):
+        return False
+    wanted = "a config.json beside it with hidden_act quick_gelu (OpenAI) or gelu (OpenCLIP)"
+    raise act.UserError(f"{path}: expected {wanted}, got a CLIP of neither name")
+
+
 def read_config(path: Path) -> dict:
-    """The config.json beside a weight file, as Hugging Face publishes it; {} if there is none."""
+    """Hugging Face's config.json beside a weight file; {} if there is none."""
     beside = path.parent / "config.json"
     if not beside.is_file():
         return {}
@@ -386,9 +409,12 @@ def read_config(path: Path) -> dict:
         raise act.UserError(f"{path}: config.json beside it is broken: {error}") from error
     if not isinstance(config, dict):
         raise act.UserError(f"{path}: config.json beside it: expected a dict, got {config!r}")
+    if isinstance(config.get("vision_config"), dict):  # of a CLIP
+        config = config["vision_config"]
     for key, kind in CONFIG_TYPES.items():
         if key in config and not isinstance(config[key], kind):
             raise act.UserError(f"{path}: config.json: expected {key} a {kind.__name__}")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise act.UserError(f"{path}: config.json: expected gelu, got {config['hidden_act']}")
+    hidden_act = config.get("hidden_act", "gelu")
+    if hidden_act not in ("gelu", "quick_gelu"):
+        raise act.UserError(f"{path}: config.json: expected gelu or quick_gelu, got {hidden_act}")
     return config
