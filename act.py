@@ -3,8 +3,7 @@
 R. Dong et al., "Autoencoders as Cross-Modal Teachers: Can Pretrained 2D Image Transformers Help 3D
 Representation Learning?", ICLR 2023, arXiv:2212.08320. The method in one file, to be read from top
 to bottom beside the paper: geometry, Transformer, patches, teacher (stage I, Sec. 4.1), student
-(stage II, Sec. 4.2), transfer heads (Sec. 5), and last weights and checkpoints. It imports torch,
-numpy and the standard library only.
+(stage II, Sec. 4.2), transfer heads (Sec. 5), and last weights and checkpoints.
 
 Shapes: B batch, N points, G groups (patches), S points per group, C and D channels, V visible and
 M masked groups, K neighbours, T tokens, P prompts, R rows. A True in a mask means masked.
@@ -18,13 +17,11 @@ Where this differs from the paper or from the official implementation:
     one scales temperature and KL weight by its length, and warms up for a tenth of it at most.
  5. Every backbone is treated alike, BERT too: positions at every block, deep prompts. Officially
     BERT gets positions once and fails with deep prompts; CLIP attends across a batch's clouds.
- 6. FPS takes no index twice, and points near the origin like others. The official kernel repeats
-    index 0 where all other points are copies, and skips |p|^2 <= 1e-3.
+ 6. FPS takes no index twice; the official kernel repeats 0, and skips points of |p|^2 <= 1e-3.
  7. Frozen protocols freeze all below the head, class token and statistics too. Of the published
     sets only ScanObjectNN is rotated. Results are the last epoch's. A vote is over ten samples.
  8. A new BatchNorm averages all steps before its tenth, then as published with momentum 0.1.
- 9. By rounding only: a Linear of concatenated inputs is computed part by part, the product with
-    one-hot codes is a look-up, and a convolution of size 1 is a Linear.
+ 9. By rounding only: a Linear of concatenated inputs goes part by part, one-hot codes look up.
 """
 
 import math
@@ -196,8 +193,7 @@ def interpolate(xyz: torch.Tensor, center: torch.Tensor, features: torch.Tensor)
     the 3 nearest centres (all if G < 3), w_j proportional to 1 / (d_j^2 + 1e-8), summing to 1."""
     sqdist, idx = knn(xyz, center, min(3, center.shape[1]))
     weight = torch.nn.functional.normalize(1 / (sqdist + 1e-8), p=1, dim=-1)
-    out = (gather_points(features, idx) * weight[..., None]).sum(dim=2)
-    return out.to(features.dtype)
+    return (gather_points(features, idx) * weight[..., None]).sum(dim=2).to(features.dtype)
 
 
 # -- Transformer ----------------------------------------------------------------------------------
@@ -326,8 +322,7 @@ class Backbone(nn.Module):
 
     def without_image_side(self) -> "Backbone":
         """A Backbone of the same blocks and norms (shared, not copied), for tokens alone."""
-        config = replace(self.config, patch_size=0)
-        tokens_only = Backbone(config)  # its own random blocks are replaced at once
+        tokens_only = Backbone(replace(self.config, patch_size=0))  # its own blocks are replaced
         tokens_only.norm_pre = self.norm_pre
         tokens_only.blocks = self.blocks
         tokens_only.norm = self.norm
@@ -356,8 +351,7 @@ class Backbone(nn.Module):
             pos = F.interpolate(pos, (H, W), mode="bicubic", antialias=True)
             pos = pos.flatten(2).mT  # (1, H W, C)
         prefix = self.prefix_tokens.expand(B, -1, -1)
-        tokens = torch.cat([prefix, x.flatten(2).mT + pos], dim=1)
-        return self.forward_tokens(tokens)
+        return self.forward_tokens(torch.cat([prefix, x.flatten(2).mT + pos], dim=1))
 
 
 def trunc_normal(*shape):
@@ -403,8 +397,7 @@ class PatchEmbed(nn.Module):
         w_patch, w_point = linear.weight.split([256, 256], dim=1)
         x = F.linear(point, w_point) + F.linear(patch, w_patch, linear.bias)  # (patches, S, 512)
         x = self.second_conv[1:](x.flatten(0, 1))  # (R, C)
-        x = x.view(neighborhood.shape[:-1] + (-1,))
-        return x.amax(dim=-2)
+        return x.view(neighborhood.shape[:-1] + (-1,)).amax(dim=-2)
 
 
 def pos_mlp(dim: int) -> nn.Sequential:
@@ -414,8 +407,7 @@ def pos_mlp(dim: int) -> nn.Sequential:
 
 def center_graph(center: torch.Tensor) -> torch.Tensor:
     """The 4 centres nearest to each, itself first: (B, G, 3) -> (B, G, 4) int64."""
-    _, graph = knn(center, center, 4)
-    return graph
+    return knn(center, center, 4)[1]
 
 
 # -- teacher: stage I (Sec. 4.1), a discrete VAE around a frozen pretrained Transformer -----------
@@ -471,13 +463,8 @@ class FoldingDecoder(nn.Module):
         super().__init__()
         if group_size % 4:
             raise UserError(f"group_size: expected a multiple of 4, got {group_size}")
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 1024),
-            nn.ReLU(),
-            nn.Linear(1024, 1024),
-            nn.ReLU(),
-            nn.Linear(1024, 3 * group_size // 4),
-        )
+        hidden = [nn.Linear(dim, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(1024, 3 * group_size // 4))
         self.final_conv = nn.Sequential(*dense(dim + 5, 512), *dense(512, 512), nn.Linear(512, 3))
         # The first coordinate of the grid varies fastest.
         grid = torch.tensor([[-0.05, -0.05], [0.05, -0.05], [-0.05, 0.05], [0.05, 0.05]])
@@ -585,11 +572,11 @@ class Teacher(nn.Module):
         return self
 
     def prompt_keys_values(self) -> list:
-        """Deep prompts as keys and values, (1, heads, P, C / heads) each, one pair per layer.
+        """Deep prompts as keys and values, (1, heads, P, C / heads) each, or None, for each layer.
 
-        The outputs at prompts are dropped at every layer, so prompts need no query, projection or
-        MLP. They do not depend on the cloud either: one pass serves a batch, or a whole run with a
-        fixed teacher, and the backbone is 1.9 times as fast. Without deep prompts: None each."""
+        The outputs at prompts are dropped at every layer, so that prompts need no query, projection
+        or MLP, nor do they depend on the cloud: one pass serves a batch, or a fixed teacher's whole
+        run. The backbone is 1.9 times as fast."""
         c = self.config
         if c.backbone is None:
             return []
@@ -608,8 +595,7 @@ class Teacher(nn.Module):
     def backbone_tokens(self, tokens, center, prompts=None):
         """What the prompted backbone makes of codes, positions added at every block, normed.
 
-        (B, G, tokens_dims), (B, G, 3) -> (B, G, width).
-        `prompts` is what prompt_keys_values() returned, if it was computed before."""
+        (B, G, tokens_dims), (B, G, 3) -> (B, G, width). prompts: prompt_keys_values(), if kept."""
         c = self.config
         x = self.proj_pre(tokens)  # (B, G, width)
         pos = self.visual_pos_embed(center)
@@ -629,9 +615,7 @@ class Teacher(nn.Module):
         return self.backbone.norm(x)[:, x.shape[1] - G :]
 
     def transform(self, tokens, center, prompts=None):
-        """backbone_tokens at the codes' width; without a backbone the codes themselves.
-
-        (B, G, tokens_dims), (B, G, 3) -> (B, G, tokens_dims)."""
+        """backbone_tokens at the codes' width (B, G, tokens_dims); no backbone: the codes."""
         if self.backbone is None:
             return tokens
         return self.proj_post(self.backbone_tokens(tokens, center, prompts))
@@ -645,18 +629,14 @@ class Teacher(nn.Module):
         return self.code_logits(neighborhood, center_graph(center)).argmax(dim=-1)
 
     def features(self, neighborhood, center, prompts=None):
-        """The distillation target, what DGCNN_2 makes of the argmax codes: (B, G, decoder_dims).
-
-        Deterministic in eval mode."""
+        """The distillation target (B, G, decoder_dims): DGCNN_2 of codes, fixed in eval mode."""
         graph = center_graph(center)
         codes = self.code_logits(neighborhood, graph).argmax(dim=-1)
         tokens = F.embedding(codes, self.codebook)
         return self.dgcnn_2(self.transform(tokens, center, prompts), graph)
 
     def decode(self, tokens, center, graph=None):
-        """Codes' vectors (B, G, tokens_dims) at centres (B, G, 3) -> coarse, fine: TeacherOutput's.
-
-        `graph` is center_graph(center), if it was computed before."""
+        """Codes' vectors (B, G, tokens_dims), (B, G, 3) -> coarse, fine: TeacherOutput's."""
         if graph is None:
             graph = center_graph(center)
         return self.decoder(self.dgcnn_2(self.transform(tokens, center), graph))
@@ -721,8 +701,7 @@ def block_mask(
 def split_mask(mask: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the visible (B, V) and of the masked (B, M) groups, each ascending.
 
-    Pass a mask on the CPU: to count it, a GPU would have to wait. Raises ValueError if the clouds'
-    counts differ."""
+    Raises ValueError if the counts differ. Pass a mask on the CPU: a GPU would wait to count it."""
     counts = mask.sum(dim=1).tolist()
     if min(counts) != max(counts):
         raise ValueError(f"mask: expected as many masked groups in every cloud, got {counts}")
@@ -759,9 +738,7 @@ class StudentConfig(EncoderConfig):
 def student_blocks(config: EncoderConfig, depth: int) -> nn.ModuleList:
     """Pre-norm blocks whose qkv has no bias, with a drop path that grows linearly with depth."""
     c = config
-    sizes = BackboneConfig(
-        width=c.width, num_heads=c.num_heads, mlp_hidden=4 * c.width, eps=1e-5, qkv_bias=False
-    )
+    sizes = BackboneConfig(c.width, depth, c.num_heads, 4 * c.width, eps=1e-5, qkv_bias=False)
     rates = torch.linspace(0, c.drop_path, depth).tolist()
     return nn.ModuleList(Block(sizes, rate) for rate in rates)
 
@@ -794,9 +771,7 @@ class Encoder(nn.Module):
         return group_points(xyz, self.config.num_group, self.config.group_size)
 
     def forward(self, neighborhood, center, mask=None):
-        """(B, G, S, 3), (B, G, 3), mask (B, G) bool -> (B, 1 + V, C), class token first.
-
-        Only the visible patches are embedded, so that BatchNorm sees those alone."""
+        """(B, G, S, 3), (B, G, 3), mask (B, G) bool -> (B, 1 + V, C), class token first."""
         if mask is not None:
             visible, _ = split_mask(mask, center.device)
             neighborhood, center = select_patches(neighborhood, center, visible)
@@ -848,13 +823,12 @@ class Student(nn.Module):
         super().__init__()
         if config is None:
             config = StudentConfig()
-        c = config
         self.config = config
-        self.encoder = Encoder(c)
-        self.mask_token = trunc_normal(1, 1, c.width)
-        self.decoder_pos_embed = pos_mlp(c.width)
-        self.decoder = StudentDecoder(c)
-        self.head = nn.Linear(c.width, c.target_dim)
+        self.encoder = Encoder(config)
+        self.mask_token = trunc_normal(1, 1, config.width)
+        self.decoder_pos_embed = pos_mlp(config.width)
+        self.decoder = StudentDecoder(config)
+        self.head = nn.Linear(config.width, config.target_dim)
 
     def forward(self, neighborhood, center, mask, split=None):
         """(B, G, S, 3), (B, G, 3), (B, G) -> predictions (B, M, D) of the masked groups.
@@ -972,9 +946,8 @@ class Segmenter(nn.Module):
         cloud_dim = 2 * dim
         if c.num_categories:
             cloud_dim += 64
-            self.label_conv = nn.Sequential(
-                nn.Linear(c.num_categories, 64, bias=False), nn.BatchNorm1d(64), nn.LeakyReLU(0.2)
-            )
+            linear = nn.Linear(c.num_categories, 64, bias=False)
+            self.label_conv = nn.Sequential(linear, nn.BatchNorm1d(64), nn.LeakyReLU(0.2))
         propagation = dense(3 + dim, 4 * c.width) + dense(4 * c.width, 1024)
         self.propagation = nn.Sequential(*propagation)
         head = dense(1024 + cloud_dim, 512) + [nn.Dropout(0.5)]
@@ -1006,8 +979,7 @@ class Segmenter(nn.Module):
 
 
 # -- weights, checkpoints -------------------------------------------------------------------------
-# A public Transformer comes in many layouts. timm's names are read here; a state dict in any other
-# layout is renamed first.
+# timm's names are read here; a state dict in another layout is renamed first.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 
 
@@ -1039,18 +1011,14 @@ def read_tensors(path) -> dict:
 
 def without_wrappers(state: dict) -> dict:
     """The state dict without what torch.compile and DistributedDataParallel add to its names."""
-    unwrapped = {}
-    for name, value in state.items():
-        name = str(name).replace("_orig_mod.", "")
-        unwrapped[name.removeprefix("module.")] = value
-    return unwrapped
+    names = [str(name).replace("_orig_mod.", "").removeprefix("module.") for name in state]
+    return dict(zip(names, state.values(), strict=True))
 
 
 def load_pretrained(path, num_heads: int | None = None) -> Backbone:
     """A pretrained Backbone in eval mode from a file in timm's names.
 
-    num_heads: by HEADS if not given. Raises UserError if the file is missing or broken, or a key is
-    unexpected or missing."""
+    num_heads: by HEADS if not given. Raises UserError if the file is missing, broken or unfit."""
     state = read_tensors(path)
     for wrapping in ("model", "state_dict"):
         if isinstance(state, dict) and wrapping in state:
@@ -1066,8 +1034,7 @@ def load_pretrained(path, num_heads: int | None = None) -> Backbone:
 def backbone_config(state: dict, path, num_heads: int | None = None) -> BackboneConfig:
     """Sizes read off a state dict in timm's names. What no tensor shows is as in timm's ViT.
 
-    Raises UserError, which names `path`, if the first block is missing or misshapen, or if HEADS
-    has no such width and `num_heads` is not given."""
+    Raises UserError if the first block is unfit, or num_heads is not given and not in HEADS."""
     qkv = state.get("blocks.0.attn.qkv.weight", torch.empty(0))
     fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
     if qkv.ndim != 2 or fc1.ndim != 2:
@@ -1075,8 +1042,7 @@ def backbone_config(state: dict, path, num_heads: int | None = None) -> Backbone
         raise UserError(f"{path}: expected matrices {wanted}, got {', '.join(list(state)[:3])}")
     width = qkv.shape[1]
     if num_heads is None and width not in HEADS:
-        wanted = "num_heads, or num_attention_heads in a config.json"
-        raise UserError(f"{path}: expected {wanted}, got width {width}, which tells no heads")
+        raise UserError(f"{path}: expected num_heads, or a config.json with it, for width {width}")
     if num_heads is None:
         num_heads = HEADS[width]
     return BackboneConfig(
@@ -1092,8 +1058,7 @@ def backbone_config(state: dict, path, num_heads: int | None = None) -> Backbone
 def build_backbone(state: dict, config: BackboneConfig, path) -> Backbone:
     """A Backbone in eval mode with exactly the tensors of a state dict in timm's names.
 
-    `config` comes without an image side, which is added if the tensors have one. Raises UserError,
-    which names `path`, if a key is unexpected or missing, or a shape does not fit."""
+    `config` comes without an image side, added if the tensors have one. Raises as load_exactly."""
     state = dict(state)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"}.isdisjoint(state):
         config = fold_image_side(state, config, path)
@@ -1109,13 +1074,10 @@ def fold_image_side(state: dict, config: BackboneConfig, path) -> BackboneConfig
 
     Their positions are added to them. A table has rows for all of them, for all but the registers,
     or for none; SigLIP has no such token."""
-    for name in ("pos_embed", "patch_embed.proj.weight"):
-        if name not in state:
-            raise UserError(f"{path}: missing key {name}, expected an image side")
-    projection = state["patch_embed.proj.weight"]
-    if projection.ndim != 4:
-        shape = tuple(projection.shape)
-        raise UserError(f"{path}: expected a convolution patch_embed.proj.weight, got {shape}")
+    projection = state.get("patch_embed.proj.weight", torch.empty(0))
+    if projection.ndim != 4 or "pos_embed" not in state:
+        wanted = "an image side of pos_embed and a convolution patch_embed.proj.weight"
+        raise UserError(f"{path}: expected {wanted}, got {', '.join(list(state)[:3])}")
     try:
         tokens = [torch.empty(1, 0, config.width)]
         for name in ("cls_token", "dist_token"):
@@ -1140,9 +1102,7 @@ def fold_image_side(state: dict, config: BackboneConfig, path) -> BackboneConfig
 
 
 def load_exactly(model: nn.Module, state: dict, path) -> nn.Module:
-    """The model with a state dict of exactly its keys and shapes, all finite.
-
-    Raises UserError, which names `path` and the tensor, for any other."""
+    """The model with a state dict of exactly its keys and shapes, all finite, else a UserError."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -1173,7 +1133,7 @@ def read_checkpoint(path) -> dict:
         raise UserError(f"{path}: expected a checkpoint, got a bare state dict: {how}")
     for name, kind in (("kind", str), ("config", dict), ("model", dict)):
         if not isinstance(checkpoint.get(name), kind):
-            found = ", ".join(str(key) for key in list(checkpoint)[:3])
+            found = list(checkpoint)[:3]
             raise UserError(f"{path}: expected a checkpoint with a {name}, got {found}")
     return checkpoint | {"model": without_wrappers(checkpoint["model"])}
 

@@ -4,9 +4,8 @@
     python detect.py --data scannet_train_detection_data --size base --checkpoint student.pth
     python predict.py my_rooms --checkpoint runs/detect/last.pt      # own rooms, metres, z up
 
-The second is VoteNet's preparation of ScanNetV2 with its scannetv2_{train,val}.txt. A run leaves
-also boxes.png and boxes.ply: true boxes green, predicted ones orange. Needs scipy. In Python,
-util.detector.load_detector opens the checkpoint.
+The second is VoteNet's preparation of ScanNetV2 with its scannetv2_{train,val}.txt. Needs scipy.
+In boxes.png and .ply true boxes are green, predicted ones orange.
 
 --size base is the setting of 3DETR (Misra et al., ICCV 2021), with these deviations:
  1. The encoder is the pretrained one: patches of nearest points, positions relative to the room's
@@ -54,7 +53,6 @@ CUBOID_TRIES = 100
 MIN_ASPECT = 0.8  # of the two most alike of a cuboid's sides, as shares of the room's
 MAX_ANGLE = 5  # degrees, of turns of a scan
 MAX_WIDTH = 200  # metres; a wider room is one in millimetres or centimetres
-UNUSED = ("variant", "area", "cache", "drop_invalid")  # flags that are refused here
 
 
 @dataclass
@@ -63,28 +61,9 @@ class Config(run.RunConfig):
     checkpoint: str = run.flag("runs/student/last.pt", "a student; none: from scratch")
 
     def __post_init__(self):
-        for name in UNUSED:
-            value = getattr(self, name)
-            if value != getattr(Config, name):
-                name = name.replace("_", "-")
-                raise act.UserError(f"--{name}: expected none for detection, got {value}")
-
-
-# -- data ------------------------------------------------------------------------------------------
-def open_data(config):
-    """The training and test rooms. Raises UserError for a room that cannot be in metres."""
-    data = datasets.open_scans(config.data, config.points)
-    for scene in data.train + data.test:
-        width = np.ptp(scene.xyz, axis=0).max()
-        if width > MAX_WIDTH:
-            raise act.UserError(f"{scene.name}: expected metres, got a room {width:.0f} m wide")
-    return data
-
-
-def identity(scene):
-    """A room's name and a checksum of its contents, by which --resume notices other rooms."""
-    contents = scene.xyz.tobytes() + scene.boxes.tobytes() + scene.labels.tobytes()
-    return f"{scene.name} {zlib.crc32(contents)}"
+        for name in ("variant", "area", "cache", "drop_invalid"):
+            if getattr(self, name) != getattr(Config, name):
+                raise act.UserError(f"--{name.replace('_', '-')}: expected none for detection")
 
 
 # -- loss ------------------------------------------------------------------------------------------
@@ -94,33 +73,41 @@ def assign(cost):
     cost = torch.as_tensor(cost).detach().cpu().double().numpy()
     K, Q = cost.shape
     if K > Q:
-        raise act.UserError(f"cost: expected at most {Q} boxes, as there are queries, got {K}")
+        raise act.UserError(f"cost: expected at most {Q} boxes, got {K}")
     if not np.isfinite(cost).all():
-        raise act.UserError("cost: expected finite values, got NaN or infinity; lower --lr")
+        raise act.UserError("cost: expected finite values; lower --lr")
     _, query = optimize.linear_sum_assignment(cost)
     return torch.from_numpy(query).long()
 
 
 def layer_loss(logits, center, size, extent, boxes, labels):
-    """Loss of a decoder layer, and its weighted parts {"class", "giou", "center", "size"}.
-    logits (B, Q, C + 1), "no object" last; center, size (B, Q, 3); extent (B, 3) of the rooms; of
-    each room boxes (K, 6), labels (K,). Parts of boxes are means over those of all processes."""
+    """Loss of a decoder layer, and its weighted parts {"class", "giou", "center", "size"}, of boxes
+    means over those of all processes. logits (B, Q, C + 1), "no object" last; center, size
+    (B, Q, 3); extent (B, 3) of the rooms; lists of the rooms' boxes (K, 6) and labels (K,)."""
     return detection_loss(logits[None], center[None], size[None], extent, boxes, labels)
 
 
 def detection_loss(logits, center, size, extent, boxes, labels):
-    """The sum of the losses of all layers, whose outputs come as (L, B, Q, ...); the parts of the
-    last layer. The rest is as in layer_loss."""
+    """layer_loss of outputs (L, B, Q, ...): the sum over all layers, and the last one's parts."""
     predicted = torch.cat([center, size], dim=-1)  # (L, B, Q, 6)
     room, queries = match_boxes(logits, predicted, boxes, labels)
     boxes = torch.cat(boxes)
     labels = torch.cat(labels)
     count = run.sum_over_processes(torch.tensor(float(len(boxes)), device=boxes.device)) / run.WORLD
+    count = count.clamp_min(1)
+    weight = torch.ones_like(logits[0, 0, 0])  # (C + 1,)
+    weight[-1] = NO_OBJECT_WEIGHT
     loss = 0.0
     for i, query in enumerate(queries):
-        parts = {"class": class_loss(logits[i], labels, room, query)}
-        for name, value in box_losses(predicted[i], extent, boxes, room, query).items():
-            parts[name] = value / count.clamp_min(1)
+        target = torch.full(logits.shape[1:3], len(weight) - 1, device=logits.device)  # (B, Q)
+        target[room, query] = labels
+        matched = predicted[i, room, query]  # (K of all rooms, 6)
+        giou = generalized_box_iou(matched[:, None], boxes[:, None])
+        distance = (matched - boxes).abs() / extent[room].repeat(1, 2)
+        parts = {"class": F.cross_entropy(logits[i].flatten(0, 1), target.flatten(), weight)}
+        parts["giou"] = (1 - giou).sum() / count
+        parts["center"] = CENTER_WEIGHT * distance[:, :3].sum() / count
+        parts["size"] = distance[:, 3:].sum() / count
         loss = loss + sum(parts.values())
     return loss, parts
 
@@ -128,7 +115,7 @@ def detection_loss(logits, center, size, extent, boxes, labels):
 @torch.no_grad()
 def match_boxes(logits, predicted, boxes, labels):
     """Room (K,) of each true box of all rooms and, by layer, its query (L, K), at the minimum total
-    of -p(class) - 2 GIoU. Costs and queries are copied from and to a GPU once for all layers."""
+    of -p(class) - 2 GIoU. Costs and queries are copied once for all layers."""
     probability = logits.softmax(dim=-1)  # (L, B, Q, C + 1)
     costs = []
     for b in range(len(boxes)):
@@ -143,28 +130,16 @@ def match_boxes(logits, predicted, boxes, labels):
     return indices[0], indices[1:]
 
 
-def class_loss(logits, labels, room, query):
-    """Cross-entropy; the target of other queries is "no object", with a lower weight."""
-    no_object = logits.shape[2] - 1
-    target = torch.full(logits.shape[:2], no_object, device=logits.device)  # (B, Q)
-    target[room, query] = labels
-    weight = torch.ones_like(logits[0, 0])  # (C + 1,)
-    weight[no_object] = NO_OBJECT_WEIGHT
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight)
+# -- data ------------------------------------------------------------------------------------------
+def identity(scene):
+    """A room's name and a checksum, by which --resume notices other rooms."""
+    contents = scene.xyz.tobytes() + scene.boxes.tobytes() + scene.labels.tobytes()
+    return f"{scene.name} {zlib.crc32(contents)}"
 
 
-def box_losses(predicted, extent, boxes, room, query):
-    """Sums over true boxes: 1 - GIoU, L1 of centers and sizes as shares of the extent."""
-    matched = predicted[room, query]  # (number of boxes, 6)
-    giou = generalized_box_iou(matched[:, None], boxes[:, None])
-    center, size = ((matched - boxes).abs() / extent[room].repeat(1, 2)).split(3, dim=1)
-    return {"giou": (1 - giou).sum(), "center": CENTER_WEIGHT * center.sum(), "size": size.sum()}
-
-
-# -- augmentation ----------------------------------------------------------------------------------
 def random_cuboid(xyz, boxes, rng, min_points):
     """Masks of points (N,) and boxes (K,), by their centers, in a random cuboid of half to all of
-    each side of the room, two alike, with min_points and a box; all, if 100 tries find none."""
+    each side, two alike, with min_points and a box; of all, if 100 tries find none."""
     everything = np.ones(len(xyz), bool), np.ones(len(boxes), bool)
     if len(xyz) < min_points:
         return everything
@@ -187,14 +162,6 @@ def random_cuboid(xyz, boxes, rng, min_points):
     return everything
 
 
-def turn(xyz, boxes, angle):
-    """Points and boxes turned about z, by degrees; a box becomes the hull of its turned one."""
-    cos = np.cos(np.radians(angle))
-    sin = np.sin(np.radians(angle))
-    matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], np.float32)
-    return xyz @ matrix, np.hstack([boxes[:, :3] @ matrix, boxes[:, 3:] @ abs(matrix)])
-
-
 def sample_room(scene, num_points, rng, augment=""):
     """num_points of a room, its boxes and labels. augment: "published": a cuboid, mirrors and small
     turns; "quarters": mirrors and quarter turns, which leave boxes tight; "": none."""
@@ -205,25 +172,27 @@ def sample_room(scene, num_points, rng, augment=""):
         boxes = boxes[held]
         labels = labels[held]
     xyz = detector.sample_points(xyz, num_points, rng)
-    if augment:
-        mirror = np.append(rng.choice([-1, 1], 2), 1).astype(np.float32)
-        quarters = augment == "quarters"
-        angle = rng.integers(4) * 90 if quarters else rng.uniform(-MAX_ANGLE, MAX_ANGLE)
-        xyz, boxes = turn(xyz * mirror, np.hstack([boxes[:, :3] * mirror, boxes[:, 3:]]), angle)
-    return xyz, boxes, labels
+    if not augment:
+        return xyz, boxes, labels
+    mirror = np.append(rng.choice([-1, 1], 2), 1).astype(np.float32)
+    quarters = augment == "quarters"
+    angle = rng.integers(4) * 90 if quarters else rng.uniform(-MAX_ANGLE, MAX_ANGLE)
+    cos = np.cos(np.radians(angle))
+    sin = np.sin(np.radians(angle))
+    matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], np.float32) * mirror[:, None]
+    size = boxes[:, 3:] @ abs(matrix)  # of the hull of the turned box
+    return xyz @ matrix, np.hstack([boxes[:, :3] @ matrix, size]), labels
 
 
 def sample(scenes, num_points, rng, augment="", device="cpu"):
     """A batch of rooms: points (B, N, 3), and lists of the rooms' boxes and labels."""
-    rooms = []
-    boxes = []
-    labels = []
+    batch = [[], [], []]
     for scene in scenes:
-        xyz, room_boxes, room_labels = sample_room(scene, num_points, rng, augment)
-        rooms.append(torch.from_numpy(xyz).to(device))
-        boxes.append(torch.from_numpy(room_boxes).to(device))
-        labels.append(torch.from_numpy(room_labels).to(device))
-    return torch.stack(rooms), boxes, labels
+        room = sample_room(scene, num_points, rng, augment)
+        for values, array in zip(batch, room, strict=True):
+            values.append(torch.from_numpy(array).to(device))
+    xyz, boxes, labels = batch
+    return torch.stack(xyz), boxes, labels
 
 
 # -- model -----------------------------------------------------------------------------------------
@@ -278,18 +247,18 @@ def main(config):
     files.require("scipy.optimize", "scipy")  # every step needs it
     config, device = run.setup(config, PRESETS)
     augment = "quarters" if config.data == "synthetic" else "published"
-    data = open_data(config)
+    data = datasets.open_scans(config.data, config.points)
+    for scene in data.train + data.test:
+        width = np.ptp(scene.xyz, axis=0).max()
+        if width > MAX_WIDTH:
+            raise act.UserError(f"{scene.name}: expected metres, got a room {width:.0f} m wide")
     config = run.plan(config, len(data.train))
     path = config.checkpoint
     student = run.load_model(path, "cpu", act.Student) if path != "none" else None
     model = build_model(config, data.classes, student).to(device)
-    c = model.config
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(datasets.describe(data))
-    print(
-        f"{device} x {run.WORLD}, {config.precision}; size {config.size}, encoder {path}, "
-        f"{c.width} wide, {c.depth} deep; {count:.1f} M parameters"
-    )
+    print(f"{datasets.describe(data)}\n{device} x {run.WORLD}, {config.precision}; ", end="")
+    print(f"size {config.size}, encoder {path}; {count:.1f} M parameters")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=WEIGHT_DECAY)
     net = run.parallel(model, config)
     log, state = run.begin(config, model, optimizer, list(map(identity, data.train)))
@@ -326,7 +295,7 @@ def main(config):
         return
     if not table:
         table = evaluate(model, data)
-    print("in percent; start: the mean before training; means: over the classes with ground truth")
+    print("in percent; start: the mean before training")
     for name, row in ({"start": start} | table).items():
         shown = "  ".join(f"{key} {value:5.1f}" for key, value in row.items())
         print(f"{name:14}  {shown}")

@@ -11,7 +11,7 @@
 --data is `synthetic` or a folder: own clouds in a sub-folder for each class, below train/ and test/
 if they are split, or a published set (ScanObjectNN, ModelNet40, pairs of .h5; Point-BERT's episodes
 for --task fewshot). --checkpoint is a student, our own or an official file. Leaves last.pt (for
-predict.py), metrics.jsonl, config.json, loss.svg, confusion.svg and a picture of six test clouds.
+predict.py), metrics.jsonl, config.json, loss.svg, confusion.png and a picture of six test clouds.
 """
 
 import math
@@ -69,16 +69,15 @@ class Config(transfer.TransferConfig):
 def settle(config, given, data, source):
     """The config with --points and --augment, which depend on the data (None: published ones)."""
     scanned = data is not None and data.name.startswith("ScanObjectNN")
-    points = config.points
+    config = replace(config)
     if given.points is None and config.task == "svm" and source is not None:
-        points = source.config.points
+        config.points = source.config.points
     elif given.points is None and scanned and config.size != "tiny":
-        points = 2048  # as published
-    augment = config.augment
-    if augment == "auto" and config.task != "svm":
+        config.points = 2048  # as published
+    if config.augment == "auto" and config.task != "svm":
         turned = config.task == "classify" and (scanned or config.data == "synthetic")
-        augment = "rotate" if turned else "scale_translate"
-    return replace(config, points=points, augment=augment)
+        config.augment = "rotate" if turned else "scale_translate"
+    return config
 
 
 # -- classification --------------------------------------------------------------------------------
@@ -131,29 +130,30 @@ class Classification(transfer.Task):
                 generator = run.seeded(self.device, self.config.seed, "vote", i, int(indices[0]))
                 xyz, _ = self.test.sample(indices, self.config.points, generator)
                 logits[indices] += model(self.augment(xyz, generator)).float().cpu()
-        matrix = metrics.confusion(self.test.labels, logits.argmax(dim=1), len(self.classes))
-        return metrics.accuracy(matrix)
+        predicted = logits.argmax(dim=1)
+        return metrics.accuracy(metrics.confusion(self.test.labels, predicted, len(self.classes)))
 
     def finish(self, model, folder):
         if self.config.task == "classify":
             metrics.print_table(self.matrix, self.classes)
-            metrics.write_confusion(folder / "confusion.svg", self.matrix, self.classes)
-            self.write_picture(folder)
+            self.write_pictures(folder)
         closing = {}
         if self.config.vote:
             closing = {f"vote_{name}": value for name, value in self.vote(model).items()}
         return closing | {"confusion": self.matrix.tolist()}
 
-    def write_picture(self, folder):
-        """Some test clouds, in the colour of the true and of the predicted class."""
+    def write_pictures(self, folder):
+        """The confusion, darker for larger shares of a true class, and clouds in both colours."""
+        shares = self.matrix / self.matrix.sum(dim=1, keepdim=True).clamp(min=1)
+        gray = (255 - 255 * shares).byte().numpy().repeat(16, axis=0).repeat(16, axis=1)
+        pictures.write_png(folder / "confusion.png", gray[..., None].repeat(3, axis=2))
         shown = {}
         for i in range(0, len(self.test), math.ceil(len(self.test) / SHOWN)):
             truth = int(self.test.labels[i])
             predicted = int(self.predicted[i])
             name = f"{self.test.names[i]} ({self.classes[truth]}: {self.classes[predicted]})"
             shown[name] = (clouds.normalize(self.test[i].cpu()), truth, predicted)
-        colors = pictures.palette(len(self.classes))
-        transfer.write_examples(folder / "classify", shown, colors)
+        transfer.write_examples(folder / "classify", shown, pictures.palette(len(self.classes)))
 
 
 TASKS = {"classify": Classification, "fewshot": Classification, "svm": Classification}
@@ -162,15 +162,12 @@ TASKS = {"classify": Classification, "fewshot": Classification, "svm": Classific
 # -- few-shot --------------------------------------------------------------------------------------
 def draw_episode(data, way, shot, fold):
     """An episode of `way` classes, the same for every --seed: `shot` support, <= QUERIES query."""
-    num_classes = len(data.train.classes)
-    support = data.train.labels.bincount(minlength=num_classes)
-    query = data.test.labels.bincount(minlength=num_classes)
+    support = data.train.labels.bincount(minlength=len(data.train.classes))
+    query = data.test.labels.bincount(minlength=len(support))
     enough = np.flatnonzero((support >= shot) & (query > 0))
-    if shot == 0:
-        raise act.UserError("--shot 0: expected 1 or more")
-    if not 2 <= way <= len(enough):
-        most = f"the {len(enough)} classes of {shot} training clouds and a test cloud"
-        raise act.UserError(f"--way {way} --shot {shot}: expected 2 or more, and at most {most}")
+    if shot < 1 or not 2 <= way <= len(enough):
+        expected = f"1 shot or more, and 2 to the {len(enough)} classes that have so many clouds"
+        raise act.UserError(f"--way {way} --shot {shot}: expected {expected}")
     rng = np.random.default_rng([way, shot, fold])
     chosen = rng.permutation(enough)[:way].tolist()
     train = draw_clouds(data.train, chosen, shot, rng)
@@ -187,23 +184,18 @@ def draw_clouds(split, chosen, count, rng):
     return replace(selected, labels=torch.from_numpy(labels), classes=classes)
 
 
-def open_episodes(config, data):
-    """The Dataset of each fold, drawn from `data`, or if that is None from published files."""
+def fewshot(config, data, sizes, source, device):
+    """A run for each fold in --out/fold_<k>; the mean and deviation of their last accuracies.
+    Episodes are drawn from `data`, or are published files if it is None."""
     episodes = []
     for fold in range(FOLDS):
         if data is None:
             path = Path(config.data, f"{config.way}way_{config.shot}shot", f"{fold}.pkl")
-            splits = datasets.read_episode(path, config.way)
-            episodes.append(datasets.Dataset(path.name, *splits))
+            episodes.append(datasets.Dataset(path.name, *datasets.read_episode(path, config.way)))
         else:
             episodes.append(draw_episode(data, config.way, config.shot, fold))
-    return episodes
-
-
-def fewshot(config, data, sizes, source, device):
-    """A run for each fold in --out/fold_<k>; the mean and deviation of their last accuracies."""
     accuracies = []
-    for fold, episode in enumerate(open_episodes(config, data)):
+    for fold, episode in enumerate(episodes):
         fold_config = replace(config, out=f"{config.out}/fold_{fold}")
         print(f"fold {fold}, {fold + 1} of {FOLDS}: {', '.join(episode.train.classes)}")
         task = TASKS[config.task](fold_config, episode, sizes, device)
@@ -239,27 +231,22 @@ def svm(config, data, sizes, source, device):
 
 
 # -- main ------------------------------------------------------------------------------------------
-def open_data(config):
-    """The Dataset of --data, or None for published episodes, which have a file for each fold."""
-    if config.task == "fewshot" and any(Path(config.data).glob("*way_*shot")):
-        print(f"{config.data}: published episodes")
-        return None
-    data = datasets.open_dataset(
-        config.data, config.cache or None, config.variant, config.area, config.drop_invalid
-    )
-    print(datasets.describe(data))
-    if data.train.labels is None:
-        raise act.UserError(f"{config.data}: expected a sub-folder for each class, got no classes")
-    return data
-
-
 def main(given):
     # -- config
     preset, device = run.setup(given, PRESETS[given.task])
     source = transfer.load_source(preset)
 
     # -- data
-    data = open_data(preset)
+    data = None
+    if preset.task == "fewshot" and any(Path(preset.data).glob("*way_*shot")):
+        print(f"{preset.data}: published episodes")
+    else:
+        data = datasets.open_dataset(
+            preset.data, preset.cache or None, preset.variant, preset.area, preset.drop_invalid
+        )
+        print(datasets.describe(data))
+        if data.train.labels is None:
+            raise act.UserError(f"{preset.data}: expected a sub-folder for each class")
     config = settle(preset, given, data, source)
     sizes = transfer.encoder_sizes(config, source, given.size)
     print(f"{transfer.describe(config)}, on {device} x {run.WORLD}")

@@ -3,24 +3,21 @@
     python predict.py a.ply my_clouds --checkpoint runs/classify/last.pt    # a class for each cloud
     python predict.py my_clouds --checkpoint runs/student/last.pt --features f.npz
     python predict.py my_clouds --checkpoint runs/parts/last.pt --category chair
-    python predict.py my_rooms --checkpoint runs/scene/last.pt     # rooms in metres, z up
-    python predict.py my_rooms --checkpoint runs/detect/last.pt    # rooms in metres, z up
+    python predict.py my_rooms --checkpoint runs/scene/last.pt     # or detect: metres, z up
 
-Files are clouds or meshes, or folders of them. One that cannot be read is named on stderr and left
-out; then the exit code is 2. The checkpoint, ours or official, decides what is written to --out:
+Files are clouds or meshes, or folders of them. A broken one is named on stderr; then the exit code
+is 2. The checkpoint, ours or official, decides what is written to --out:
 
     Classifier   predictions.csv: the class of each file and the probability of each class
-    Segmenter    <file>.npz (points, labels, label_names), coloured <file>.ply, legend labels.csv;
-                 <file> is the path, joined by "-"
+    Segmenter    <file>.npz (points, labels, label_names), coloured <file>.ply, legend labels.csv
     Detector     <file>.ply: the room and the edges of its boxes
-    Student      nothing, but --features F.npz has (for a Classifier, too) features (n, 2 C), names,
-                 class_names and labels, known by the names of the files' folders, else -1
+    Student      nothing, but --features F.npz has (also of a Classifier) features (n, 2 C), names,
+                 class_names, and labels by the names of the files' folders, else -1
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,17 +45,17 @@ class Config:
 def check_flags(config, model):
     """Raises UserError for flags that do not fit the checkpoint's kind of model."""
     kind = type(model).__name__
+    path = Path(config.features)
     if config.features and kind not in ("Classifier", "Student"):
         raise act.UserError(f"--features: expected a Classifier or Student, got a {kind}")
-    path = Path(config.features)
     if config.features and not (path.suffix == ".npz" and path.parent.is_dir()):
         raise act.UserError(f"--features: expected an .npz in some folder, got {path}")
     if kind == "Student" and not config.features:
         raise act.UserError(f"{config.checkpoint}: expected --features for a Student, got none")
-    if config.points is not None and kind == "Detector":
-        raise act.UserError(f"--points: expected none for a Detector, got {config.points}")
-    if config.points is not None and config.points < model.config.group_size:
-        raise act.UserError(f"--points: expected >= {model.config.group_size}, got {config.points}")
+    least = model.config.group_size
+    if config.points is not None and (kind == "Detector" or config.points < least):
+        expected = f"--points: expected {least} or more, and no Detector"
+        raise act.UserError(f"{expected}, got {config.points} for a {kind}")
     if config.category and not getattr(model.config, "num_categories", 0):
         raise act.UserError(f"--category: expected a Segmenter of parts, got a {kind} without")
 
@@ -87,7 +84,7 @@ def open_model(path, device):
 def name_outputs(paths, folder):
     """Path -> the path of its results, without a suffix, in `folder`; no two are the same."""
     sources = {}
-    for path in dict.fromkeys(paths):
+    for path in paths:
         target = folder / "-".join(part for part in path.parts if part not in ("..", path.anchor))
         while target in sources:
             target = target.with_name(target.name + "-")  # another path is joined to the same
@@ -96,24 +93,10 @@ def name_outputs(paths, folder):
 
 
 # -- classes and features --------------------------------------------------------------------------
-class Prediction(NamedTuple):
-    file: Path
-    label: int  # the class whose name a folder of the file has, -1 if there is none
-    feature: np.ndarray  # (2 C,)
-    probability: list  # of each class; [] for a Student
-
-
-def folder_label(file, names):
-    """The index in `names` of one of the two folders above a file, <class>/test/a.ply, or -1."""
-    for folder in file.resolve().parents[:2]:
-        if folder.name in names:
-            return names.index(folder.name)
-    return -1
-
-
 @torch.no_grad()
 def predict_class(config, model, file, target):
-    """The Prediction of a file; prints it, the two likeliest classes. Writes nothing."""
+    """(class by its folder or -1, feature (2 C,), probability of each class) of a file. Prints the
+    two likeliest classes, writes nothing."""
     c = model.config
     xyz = files.read_cloud(file, c.points, c.normalized, config.drop_invalid)  # (n, 3) float32
     if len(np.unique(xyz, axis=0)) < c.num_group:
@@ -127,29 +110,29 @@ def predict_class(config, model, file, target):
     best = sorted(zip(probability, names, strict=True), reverse=True)[:2]
     shown = ", ".join(f"{name} {value:.3f}" for value, name in best)
     print(f"{file}  {shown}".rstrip(), flush=True)
-    return Prediction(file, folder_label(file, names), feature[0].cpu().numpy(), probability)
+    label = -1
+    for folder in reversed(file.resolve().parents[:2]):  # <class>/a.ply or <class>/test/a.ply
+        if folder.name in names:
+            label = names.index(folder.name)
+    return label, feature[0].cpu().numpy(), probability
 
 
-def write_features(path, predictions, names):
-    features = np.stack([row.feature for row in predictions])
-    paths = [str(row.file) for row in predictions]
-    labels = [row.label for row in predictions]
-    np.savez(path, features=features, names=paths, labels=labels, class_names=names)
-    print(f"features of {len(predictions)} clouds in {path}")
-
-
-def write_classes(path, predictions, names):
-    """Each cloud's class and probabilities -> a .csv; prints the accuracy in class folders."""
-    table = [["file", "label"] + names]
-    hits = []
-    for row in predictions:
-        best = int(np.argmax(row.probability))
-        table.append([row.file, names[best]] + row.probability)
-        if row.label >= 0:
-            hits.append(best == row.label)
-    inference.write_csv(path, table)
-    if hits:
-        print(f"accuracy {100 * np.mean(hits):.2f} % of {len(hits)} clouds in class folders")
+def write_results(config, results, names):
+    """What predict_class gave for each file -> an .npz, a .csv; prints the accuracy."""
+    paths = list(map(str, results))
+    labels, features, probabilities = zip(*results.values(), strict=True)
+    if config.features:
+        np.savez(config.features, features=features, names=paths, labels=labels, class_names=names)
+        print(f"features of {len(paths)} clouds in {config.features}")
+    if names:
+        best = [int(np.argmax(probability)) for probability in probabilities]
+        table = [["file", "label"] + names]
+        for path, label, probability in zip(paths, best, probabilities, strict=True):
+            table.append([path, names[label]] + probability)
+        inference.write_csv(Path(config.out, "predictions.csv"), table)
+        hits = np.equal(best, labels)[np.array(labels) >= 0]
+        if len(hits):
+            print(f"accuracy {100 * np.mean(hits):.2f} % of {len(hits)} clouds in class folders")
 
 
 # -- labels of points, boxes -----------------------------------------------------------------------
@@ -160,23 +143,20 @@ def warn_of_width(file, xyz):
         print(f"{file}: {width:.0f} m wide: metres?", file=sys.stderr, flush=True)
 
 
-def find_category(config, c, file):
-    """The index of a file's category, by --category or its folder; None for a model without."""
-    if not c.num_categories:
-        return None
-    name = config.category or file.resolve().parent.name
-    if name not in c.class_names:
-        raise act.UserError(f"{file}: expected --category of {c.class_names}, got {name}")
-    return c.class_names.index(name)
-
-
 def predict_labels(config, model, file, target):
     """A label for each point of a file, as .npz and coloured .ply; their names as labels.csv."""
+    c = model.config
     xyz = files.read_points(file, config.drop_invalid)
-    if not model.config.normalized:
+    if not c.normalized:
         warn_of_width(file, xyz)
-    labels = inference.label_points(model, xyz, find_category(config, model.config, file))
-    names, colors = inference.write_legend(Path(config.out, "labels.csv"), model.config)
+    category = None
+    if c.num_categories:
+        name = config.category or file.resolve().parent.name
+        if name not in c.class_names:
+            raise act.UserError(f"{file}: expected --category of {c.class_names}, got {name}")
+        category = c.class_names.index(name)
+    labels = inference.label_points(model, xyz, category)
+    names, colors = inference.write_legend(Path(config.out, "labels.csv"), c)
     np.savez(f"{target}.npz", points=xyz, labels=labels, label_names=names)
     files.write_ply(f"{target}.ply", xyz, colors[labels])
     shares = np.bincount(labels) / len(labels)
@@ -223,20 +203,17 @@ def main(config):
     predict = predictors.get(type(model), predict_class)
     paths = datasets.find_clouds(config.files)
     targets = name_outputs(paths, Path(config.out))
-    results = []
+    results = {}
     for path in paths:
         try:
             if path.is_dir():
                 raise act.UserError(f"{path}: expected files {' '.join(files.READERS)}, got none")
-            results.append(predict(config, model, path, targets[path]))
+            results[path] = predict(config, model, path, targets[path])
         except (act.UserError, OSError) as error:  # OSError: its results can't be written
             print(error, file=sys.stderr, flush=True)
 
-    names = getattr(c, "class_names", [])
-    if results and config.features:
-        write_features(config.features, results, names)
-    if results and isinstance(model, act.Classifier):
-        write_classes(Path(config.out, "predictions.csv"), results, names)
+    if results and predict is predict_class:
+        write_results(config, results, getattr(c, "class_names", []))
     if results and has_folder:
         print(f"results in {config.out}")
     if len(results) < len(paths):

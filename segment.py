@@ -7,14 +7,11 @@
 
 --data is `synthetic` or a folder, recognised by the files in it:
 
-    ShapeNetPart  synsetoffset2category.txt, train_test_split/, <synset>/*.txt: PointNet++'s
-                  shapenetcore_partanno_segmentation_benchmark_v0_normal; --task parts
+    ShapeNetPart  PointNet++'s shapenetcore_partanno_segmentation_benchmark_v0_normal; --task parts
     S3DIS         Area_1_office_1.npy ..., by PointNet's collect_indoor3d_data.py; --task scene
-    own labels    train/*, test/* (.npy .txt): x y z ... label, classes.txt: names; --task parts, or
-                  scene: in metres, z up
+    own labels    train/*, test/* (.npy .txt): x y z ... label, classes.txt; scene: metres, z up
 
-Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture and its colours,
-labels.csv.
+Leaves last.pt (for predict.py), metrics.jsonl, config.json, loss.svg, a picture and labels.csv.
 """
 
 import math
@@ -40,6 +37,7 @@ PRESETS = {  # base: as published (Sec. 5)
         "base": dict(points=2048, epochs=60, batch_size=32, lr=2e-4),
     },
 }
+UNUSED = ["protocol", "variant", "drop_invalid"]  # flags that neither task uses
 SHOWN = 6  # test clouds in the picture
 SHOWN_POINTS = 30_000  # at most, of each of them
 
@@ -47,13 +45,9 @@ SHOWN_POINTS = 30_000  # at most, of each of them
 @dataclass
 class Config(transfer.TransferConfig):
     task: str = run.flag("parts", "what is labelled", choices=("parts", "scene"))
-    unused: ClassVar[dict] = {
-        "parts": ["protocol", "variant", "area", "drop_invalid"],
-        "scene": ["protocol", "variant", "cache", "drop_invalid"],
-    }
+    unused: ClassVar[dict] = {"parts": UNUSED + ["area"], "scene": UNUSED + ["cache"]}
 
 
-# -- tasks -----------------------------------------------------------------------------------------
 class Segmentation(transfer.Task):
     """Subclasses set `config`, `sizes` (of the network), `names`, `test`; have `predictions`."""
 
@@ -64,8 +58,8 @@ class Segmentation(transfer.Task):
         return clouds.scale_translate(xyz, generator, (0.8, 1.25), 0.1, per_axis=False)
 
     def count_labels(self, train, test):
-        """Labels (n,) of all points -> how many of `train` are 0, 1, ..., (parts,) int64. Sets
-        `absent`, (parts,) bool: the labels of no cloud count in no mean."""
+        """Labels (n,) of all points -> how many of `train` are 0, 1, ..., (parts,) int64.
+        Sets `absent`, (parts,) bool: the labels of no cloud count in no mean."""
         count = np.bincount(train, minlength=self.sizes.num_parts)
         transfer.check_labels(self.config, count)
         self.absent = torch.from_numpy(count + np.bincount(test, minlength=len(count)) == 0)
@@ -138,8 +132,9 @@ class Parts(Segmentation):
         indices = indices.to(self.device)
         start = split.offsets[indices][:, None]  # (B, 1)
         size = split.offsets.diff()[indices][:, None]  # (B, 1)
-        shape = (len(indices), self.config.points)
-        uniform = torch.rand(shape, generator=generator, device=self.device)
+        uniform = torch.rand(
+            len(start), self.config.points, generator=generator, device=self.device
+        )
         flat = start + (uniform * size).long().minimum(size - 1)  # rounding may give size itself
         category = split.labels[indices] if self.categories else None
         return clouds.unit_sphere(split.points[flat]), split.parts[flat], category
@@ -172,8 +167,8 @@ class Parts(Segmentation):
 
 
 def sample_block(room, num_points, rng):
-    """xyz (num_points, 3) and labels of 1 m x 1 m around a random point of a room sorted along x.
-    It holds more than num_points / 2 points (Sec. 5: 1024 of 2048), some repeated if too few."""
+    """xyz (num_points, 3) and labels of 1 m x 1 m around a random point of a room sorted along x:
+    more than num_points / 2 points (Sec. 5), some repeated if too few."""
     for _ in range(200):
         center = room.xyz[rng.integers(len(room.xyz)), :2]
         first, end = np.searchsorted(room.xyz[:, 0], [center[0] - 0.5, center[0] + 0.5])
@@ -185,15 +180,8 @@ def sample_block(room, num_points, rng):
     raise act.UserError(f"{room.name}: {expected}")
 
 
-def class_weights(count):
-    """(most frequent class's points / a class's)^(1/3), as published: (classes,) float32."""
-    return torch.from_numpy((count.max() / np.maximum(count, 1)) ** (1 / 3)).float()
-
-
 class Scenes(Segmentation):
-    """Whole rooms, trained on blocks of them."""
-
-    metric = ""  # labelling whole rooms takes too long for every epoch
+    """Whole rooms, trained on blocks. It takes too long to label them after each epoch."""
 
     def __init__(self, config, data, sizes, device):
         self.config = config
@@ -206,14 +194,16 @@ class Scenes(Segmentation):
             room = room._replace(xyz=room.xyz[order], labels=room.labels[order])
             repeats = max(1, len(order) // config.points)  # so that all its points are seen
             self.train += [room] * repeats
-            content = f"{len(order)} {room.xyz[[0, -1]].tobytes().hex()} {room.labels.sum()}"
-            self.names += [f"{room.name} {content}"] * repeats
+            ends = room.xyz[[0, -1]].tobytes().hex()
+            self.names += [f"{room.name} {len(order)} {ends} {room.labels.sum()}"] * repeats
         self.sizes = act.SegmenterConfig(**sizes, normalized=False, num_categories=0)
         self.sizes.num_parts = len(data.classes)
         self.sizes.class_names = data.classes
         train = np.concatenate([room.labels for room in data.train])
         test = np.concatenate([room.labels for room in data.test])
-        self.loss_weight = class_weights(self.count_labels(train, test)).to(device)
+        count = self.count_labels(train, test)
+        weight = (count.max() / np.maximum(count, 1)) ** (1 / 3)  # as published
+        self.loss_weight = torch.from_numpy(weight).float().to(device)
 
     def turn(self, xyz, generator):
         return clouds.rotate_y(xyz[..., [1, 2, 0]], generator)[..., [2, 0, 1]]  # y up and back
@@ -239,9 +229,8 @@ TASKS = {"parts": Parts, "scene": Scenes}
 
 
 # -- main ------------------------------------------------------------------------------------------
-def main(config):
-    given_size = config.size
-    config, device = run.setup(config, PRESETS[config.task])
+def main(given):
+    config, device = run.setup(given, PRESETS[given.task])
     if config.augment == "auto":
         config = replace(config, augment="scale_translate")
     source = transfer.load_source(config)
@@ -251,7 +240,7 @@ def main(config):
         data = datasets.open_parts(config.data, config.cache or None)
     print(datasets.describe(data))
     print(f"{transfer.describe(config)}, on {device} x {run.WORLD}")
-    sizes = transfer.encoder_sizes(config, source, given_size)
+    sizes = transfer.encoder_sizes(config, source, given.size)
     transfer.train(config, TASKS[config.task](config, data, sizes, device), source, device)
 
 

@@ -5,8 +5,8 @@
     python study.py teacher --data shapes --weights none random dino_vits16 --transfer scans
 
 A row of a table, an arm, is trained once for each seed, in <out>/<table>/<arm>/seed<k>. A run that
-arms share is made once. The same command, given again, makes only what is missing and resumes what
-was interrupted. Leaves <table>.md, <table>.json and <table>.svg.
+arms share is made once. The same command, given again, makes what is missing and resumes what was
+interrupted. Leaves <table>.md, .json and .svg.
 """
 
 import datetime
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class Config:
 class Arm(NamedTuple):
     """A row of a table: the flags of each command that make it differ from the other rows."""
 
+    table: str
     name: str
     teacher: dict = {}
     student: dict = {}
@@ -63,53 +65,40 @@ class Arm(NamedTuple):
     stages: tuple = ("teacher", "student")  # what is trained before the read-outs
 
 
-TABLES = {  # other arms are compared with the first
-    "teacher": [],  # an arm for each of --weights
-    "prompt": [
-        Arm("deep"),
-        Arm("shallow", teacher={"--prompt": "shallow"}),
-        Arm("none", teacher={"--prompt": "none"}),
-        Arm("backbone trained", teacher={"--tune": "full"}),
-    ],
-    "target": [
-        Arm("features"),
-        Arm("backbone's tokens", student={"--target": "backbone"}),
-        Arm("codes", student={"--target": "codes"}),
-        Arm("coordinates", student={"--target": "coordinates"}, stages=("student",)),
-    ],
-    "mask": [
-        Arm("random 0.4", student={"--mask-ratio": "0.4"}),
-        Arm("random 0.6", student={"--mask-ratio": "0.6"}),
-        Arm("random 0.8", student={"--mask-ratio": "0.8"}),
-        Arm("random 0.9", student={"--mask-ratio": "0.9"}),
-        Arm("block 0.6", student={"--mask-ratio": "0.6", "--mask": "block"}),
-        Arm("block 0.8", student={"--mask-ratio": "0.8", "--mask": "block"}),
-    ],
-    "decoder": [
-        Arm("1 block", student={"--set": "decoder_depth=1"}),
-        Arm("2 blocks"),
-        Arm("4 blocks", student={"--set": "decoder_depth=4"}),
-    ],
-    "loss": [
-        Arm("cosine"),
-        Arm("smooth L1", student={"--loss": "smooth_l1"}),
-        Arm("L2", student={"--loss": "l2"}),
-    ],
-    "transfer": [
-        Arm("scratch", finetune={"--checkpoint": "none"}, stages=()),
-        Arm("full", finetune={"--protocol": "full"}),
-        Arm("MLP-3", finetune={"--protocol": "mlp3"}),
-        Arm("linear", finetune={"--protocol": "linear"}),
-    ],
-}
+TABLES = "teacher prompt target mask decoder loss transfer".split()
+ARMS = [  # of tables other than teacher; the others of a table are compared with its first
+    Arm("prompt", "deep"),
+    Arm("prompt", "shallow", teacher={"--prompt": "shallow"}),
+    Arm("prompt", "none", teacher={"--prompt": "none"}),
+    Arm("prompt", "backbone trained", teacher={"--tune": "full"}),
+    Arm("target", "features"),
+    Arm("target", "backbone's tokens", student={"--target": "backbone"}),
+    Arm("target", "codes", student={"--target": "codes"}),
+    Arm("target", "coordinates", student={"--target": "coordinates"}, stages=("student",)),
+    Arm("mask", "random 0.4", student={"--mask-ratio": "0.4"}),
+    Arm("mask", "random 0.6", student={"--mask-ratio": "0.6"}),
+    Arm("mask", "random 0.8", student={"--mask-ratio": "0.8"}),
+    Arm("mask", "random 0.9", student={"--mask-ratio": "0.9"}),
+    Arm("mask", "block 0.6", student={"--mask-ratio": "0.6", "--mask": "block"}),
+    Arm("mask", "block 0.8", student={"--mask-ratio": "0.8", "--mask": "block"}),
+    Arm("decoder", "1 block", student={"--set": "decoder_depth=1"}),
+    Arm("decoder", "2 blocks"),
+    Arm("decoder", "4 blocks", student={"--set": "decoder_depth=4"}),
+    Arm("loss", "cosine"),
+    Arm("loss", "smooth L1", student={"--loss": "smooth_l1"}),
+    Arm("loss", "L2", student={"--loss": "l2"}),
+    Arm("transfer", "scratch", finetune={"--checkpoint": "none"}, stages=()),
+    Arm("transfer", "full", finetune={"--protocol": "full"}),
+    Arm("transfer", "MLP-3", finetune={"--protocol": "mlp3"}),
+    Arm("transfer", "linear", finetune={"--protocol": "linear"}),
+]
 
 
 def arms_of(table: str, config: Config) -> list[Arm]:
-    """The arms of a table."""
     if table != "teacher":
-        return TABLES[table]
+        return [arm for arm in ARMS if arm.table == table]
     names = config.weights or ["none", "random", PUBLIC[config.size]]
-    return [Arm(short_name(name), teacher={"--weights": name}) for name in names]
+    return [Arm(table, short_name(name), teacher={"--weights": name}) for name in names]
 
 
 def short_name(name: str) -> str:
@@ -121,36 +110,36 @@ def short_name(name: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as that of a folder."""
-    return re.sub(r"[^\w.-]+", "-", name)
+    return re.sub(r"[^\w.-]+", "-", name)  # fit for a folder
 
 
 # -- runs -----------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """A run of a command. `words` has all that its result depends on: the script, its flags, and
-    the words of the run whose last.pt it takes, or None."""
+    """A run of a command. `key` stands for the script, its flags, and the run it needs, if any,
+    whose last.pt it takes; the name of its folder ends in it."""
 
-    words: list
+    key: str
+    script: str
+    flags: dict
     folder: Path
-    needs: "Run | None" = None
+    needs: "Run | None"
     state: str = "open"  # then running, finished or failed
     process: subprocess.Popen | None = None
     began: float = 0.0
+    seconds: float = 0.0  # how long it took, if it was made by this start of the study
 
     def start(self, threads: int) -> None:
-        """Starts the process, which resumes an interrupted run of the same words."""
-        script, flags, _ = self.words
-        command = [sys.executable, str(ROOT / script), "--out", str(self.folder)]
-        for name, value in flags.items():
-            command += [name, value]
+        """Starts the process, which resumes the run if it was interrupted."""
+        flags = {"--out": str(self.folder)} | self.flags
         if self.needs is not None:
-            name = "--teacher" if script == "train_student.py" else "--checkpoint"
-            command += [name, str(self.needs.folder / "last.pt")]
-        if read_note(self.folder).get("words") == self.words:
-            command.append("--resume")
+            name = "--teacher" if self.script == "train_student.py" else "--checkpoint"
+            flags[name] = str(self.needs.folder / "last.pt")
+        command = [sys.executable, str(ROOT / self.script)]
+        for pair in flags.items():
+            command += pair
+        command.append("--resume")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.write_note(finished=False)
         # In a session of its own, the process gets Ctrl-C from make_runs alone, and once.
         options = dict(stderr=subprocess.STDOUT, start_new_session=True)
         options["env"] = os.environ | dict(OMP_NUM_THREADS=str(threads))
@@ -159,102 +148,95 @@ class Run:
         self.state = "running"
         self.began = time.monotonic()
 
-    def write_note(self, finished: bool) -> None:
-        """Writes study.json, by which a later start of the study knows the run."""
-        note = dict(words=self.words, finished=finished)
-        (self.folder / "study.json").write_text(json.dumps(note))
+    def end(self) -> str:
+        """Notes how the ended process has ended, and returns it in words."""
+        self.seconds = time.monotonic() - self.began
+        if self.process.returncode == 0:
+            self.state = "finished"
+            (self.folder / "finished").touch()
+            return f"finished in {self.seconds:.0f} s"
+        self.state = "failed"
+        output = (self.folder / "output.txt").read_text(errors="replace")
+        last_line = output.rstrip().rpartition("\n")[2]
+        return f"failed with code {self.process.returncode}: {last_line}"
 
 
-def read_note(folder: Path) -> dict:
-    """What Run.write_note wrote; {} where nothing is, or the write was cut short."""
-    try:
-        return json.loads((folder / "study.json").read_text())
-    except (OSError, ValueError):
-        return {}
+def add_run(runs: dict, script: str, flags: dict, folder: Path, needs: Run | None) -> Run:
+    """The run of this command; if it is new, its folder is `folder` or that of an earlier start."""
+    words = [script, flags, needs.key if needs else None]
+    key = f"{zlib.crc32(json.dumps(words).encode()):08x}"
+    if key not in runs:
+        study = folder.parents[3]
+        folder = folder.with_name(f"{folder.name}-{key}")
+        folder = next(study.glob(f"*/*/seed*/*-{key}"), folder)
+        runs[key] = Run(key, script, flags, folder, needs)
+        if (folder / "finished").exists():
+            runs[key].state = "finished"
+    return runs[key]
 
 
-class Plan:
-    """All runs, in the order in which they are made; those of the same words are one."""
-
-    def __init__(self, out: str):
-        self.runs = {}  # words as JSON -> Run
-        self.folders = {}  # words as JSON -> folder of an earlier start
-        for note in Path(out).glob("*/*/seed*/*/study.json"):
-            self.folders[json.dumps(read_note(note.parent).get("words"))] = note.parent
-
-    def add(self, script: str, flags: dict, folder: Path, needs: Run | None) -> Run:
-        words = [script, flags, needs.words if needs else None]
-        key = json.dumps(words)
-        if key in self.runs:
-            return self.runs[key]
-        folder = self.folders.get(key, folder)
-        while any(other.folder == folder for other in self.runs.values()):
-            folder = folder.with_name(folder.name + "-")  # an earlier start had other arms
-        self.runs[key] = Run(words, folder, needs)
-        if read_note(folder) == dict(words=words, finished=True):
-            self.runs[key].state = "finished"
-        return self.runs[key]
-
-
-def stage_flags(config: Config, arm: Arm, seed: int, stage: str) -> dict:
-    """The flags of a run of train_teacher.py or train_student.py."""
-    flags = {"--data": config.data, "--size": config.size, "--seed": str(seed)}
-    if stage == "student":
-        flags["--mask-ratio"] = MASK_RATIO[config.size]
-    elif config.weights:
-        flags["--weights"] = config.weights[0]
-    epochs = getattr(config, f"{stage}_epochs")
-    if epochs is not None:
-        flags["--epochs"] = str(epochs)
-    return flags | getattr(arm, stage)
-
-
-def plan_arm(plan: Plan, config: Config, table: str, arm: Arm, seed: int) -> dict:
+def plan_arm(runs: dict, config: Config, arm: Arm, seed: int) -> dict:
     """Adds the runs of an arm with a seed: metric -> (Run, name in its last row)."""
-    folder = Path(config.out, table, slug(arm.name), f"seed{seed}")
+    folder = Path(config.out, arm.table, slug(arm.name), f"seed{seed}")
+    common = {"--data": config.data, "--size": config.size, "--seed": str(seed)}
+    defaults = {"teacher": {}, "student": {"--mask-ratio": MASK_RATIO[config.size]}}
+    if config.weights:
+        defaults["teacher"]["--weights"] = config.weights[0]
     last = None
     for stage in arm.stages:
-        flags = stage_flags(config, arm, seed, stage)
-        last = plan.add(f"train_{stage}.py", flags, folder / stage, last)
+        flags = common | defaults[stage]
+        epochs = getattr(config, f"{stage}_epochs")
+        if epochs is not None:
+            flags["--epochs"] = str(epochs)
+        flags.update(getattr(arm, stage))
+        last = add_run(runs, f"train_{stage}.py", flags, folder / stage, last)
     sources = {"linear SVM": (last, "svm_trained"), "kNN": (last, "knn_trained")}
     sets = config.transfer
     protocols = {", full": {}, ", linear": {"--protocol": "linear"}}
-    if table == "transfer":
+    if arm.table == "transfer":
         sources = {}
         sets = sets or [config.data]
         protocols = {"": arm.finetune}
     for data in sets:
         for ending, own in protocols.items():
             metric = short_name(data) + ending
-            flags = {"--data": data, "--size": config.size, "--seed": str(seed)} | own
-            tuned = plan.add("finetune.py", flags, folder / slug(metric), last)
+            flags = common | {"--data": data} | own
+            tuned = add_run(runs, "finetune.py", flags, folder / slug(metric), last)
             sources[metric] = (tuned, "accuracy")
     return sources
 
 
 def make_plan(config: Config) -> tuple[list[Run], dict]:
     """All runs, seed by seed, so that an interrupted study has equal arms; and where the tables'
-    values come from: table -> arm -> metric -> seed -> (Run, name in its last row)."""
-    plan = Plan(config.out)
-    tables = {}
+    values come from: table -> metric -> arm -> seed -> (Run, name in its last row)."""
+    runs = {}  # by their keys
+    tables = {table: {} for table in config.tables}
     for seed in range(config.seeds):
-        for table in config.tables:
+        for table, metrics in tables.items():
             for arm in arms_of(table, config):
-                metrics = tables.setdefault(table, {}).setdefault(arm.name, {})
-                for metric, source in plan_arm(plan, config, table, arm, seed).items():
-                    metrics.setdefault(metric, {})[seed] = source
-    return list(plan.runs.values()), tables
+                for metric, source in plan_arm(runs, config, arm, seed).items():
+                    metrics.setdefault(metric, {}).setdefault(arm.name, {})[seed] = source
+    return list(runs.values()), tables
 
 
 def make_runs(runs: list[Run], jobs: int) -> None:
     """Makes the open runs, `jobs` at a time, each after the one it needs."""
-    durations = {}  # script -> seconds of its runs that have ended
     try:
-        while any(each.state in ("open", "running") for each in runs):
+        while count(runs, "open") + count(runs, "running"):
             for each in runs:
                 if each.state == "running" and each.process.poll() is not None:
-                    end_run(each, runs, durations, jobs)
-            start_runs(runs, jobs)
+                    print(f"{each.folder} {each.end()}")
+                    seconds = np.mean([other.seconds for other in runs if other.seconds])
+                    left = seconds * (count(runs, "open") + count(runs, "running")) / jobs / 60
+                    print(f"{count(runs, 'finished')} of {len(runs)} runs, {left:.0f} min left")
+                if each.state != "open":
+                    continue
+                before = "finished" if each.needs is None else each.needs.state
+                if before == "failed":
+                    each.state = "failed"
+                elif before == "finished" and count(runs, "running") < jobs:
+                    each.start(max(1, torch.get_num_threads() // jobs))
+            sys.stdout.flush()
             time.sleep(0.1)
     finally:  # after Ctrl-C: what has been trained is in each run's last.pt
         for each in runs:
@@ -263,40 +245,8 @@ def make_runs(runs: list[Run], jobs: int) -> None:
                 each.process.wait()
 
 
-def start_runs(runs: list[Run], jobs: int) -> None:
-    """Starts the first open runs, up to `jobs` at a time. One that needs a failed run fails."""
-    busy = sum(each.state == "running" for each in runs)
-    for each in runs:
-        if each.state != "open":
-            continue
-        before = "finished" if each.needs is None else each.needs.state
-        if before == "failed":
-            each.state = "failed"
-        elif before == "finished" and busy < jobs:
-            each.start(max(1, torch.get_num_threads() // jobs))
-            busy += 1
-
-
-def end_run(ended: Run, runs: list[Run], durations: dict, jobs: int) -> None:
-    """Notes how a run has ended, and prints a line with the time that the open ones will take."""
-    seconds = time.monotonic() - ended.began
-    how = f"finished in {seconds:.0f} s"
-    if ended.process.returncode == 0:
-        ended.state = "finished"
-        ended.write_note(finished=True)
-    else:
-        ended.state = "failed"
-        output = (ended.folder / "output.txt").read_text(errors="replace")
-        last_line = output.rstrip().rpartition("\n")[2]
-        how = f"failed with code {ended.process.returncode}: {last_line}"
-    script = ended.words[0]
-    durations.setdefault(script, []).append(seconds)
-    left = 0.0
-    for each in runs:
-        if each.state in ("open", "running"):
-            left += np.mean(durations.get(each.words[0], durations[script])) / jobs
-    done = sum(each.state == "finished" for each in runs)
-    print(f"{done} of {len(runs)} runs, {left / 60:.0f} min left: {ended.folder} {how}", flush=True)
+def count(runs: list[Run], state: str) -> int:
+    return sum(each.state == state for each in runs)
 
 
 # -- statistics -----------------------------------------------------------------------------------
@@ -317,11 +267,6 @@ def spread(values: list[float]) -> tuple[float, float | None, float | None]:
         return mean, None, None
     error = float(np.std(values, ddof=1)) / math.sqrt(n)
     return mean, error, t_quantile(n - 1) * error
-
-
-def paired(values: dict, reference: dict) -> list[float]:
-    """The values less the reference, seed by seed, where both have the seed."""
-    return [values[seed] - reference[seed] for seed in values if seed in reference]
 
 
 # -- results --------------------------------------------------------------------------------------
@@ -360,7 +305,7 @@ def format_row(arm: str, values: dict, reference: dict, best: float) -> str:
     cells = [arm, str(len(values)), f"{mean:.2f}", "", "", "", f"{best:.2f}"]
     if error is not None:
         cells[2] += f" ± {error:.2f}"
-    differences = paired(values, reference)
+    differences = [values[seed] - reference[seed] for seed in values if seed in reference]
     if differences and values is not reference:
         mean, _, reach = spread(differences)
         cells[3] = f"{mean:+.2f}"
@@ -370,28 +315,24 @@ def format_row(arm: str, values: dict, reference: dict, best: float) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def write_table(config: Config, table: str, arms: dict) -> None:
+def write_table(config: Config, table: str, metrics: dict) -> None:
     """Writes <table>.json, .md and .svg, of the runs that are finished."""
-    first = next(iter(arms))
-    values = {}  # arm -> metric -> seed -> value
-    sections = {}  # metric -> its part of the .md
-    panels = {}  # metric -> its part of the .svg
-    for arm, metrics in arms.items():
-        values[arm] = {}
-        for metric, sources in metrics.items():
-            by_seed, best = collect(sources)
-            if not by_seed:
-                continue
-            values[arm][metric] = by_seed
-            reference = values[first].get(metric, {})
-            sections.setdefault(metric, COLUMNS.format(metric=metric, first=first))
-            sections[metric] += format_row(arm, by_seed, reference, best)
-            points = list(by_seed.values())
-            panels.setdefault(metric, []).append((arm, points, spread(points)[2]))
-    words = " ".join(sys.argv[1:])
+    arms = [arm.name for arm in arms_of(table, config)]
     made = f"{datetime.date.today()}, torch {torch.__version__}"
-    text = HEAD.format(table=table, words=words, made=made, first=first)
-    text += "".join(sections.values())
+    text = HEAD.format(table=table, words=" ".join(sys.argv[1:]), made=made, first=arms[0])
+    values = {arm: {} for arm in arms}  # arm -> metric -> seed -> value
+    panels = {}  # metric -> its part of the .svg
+    for metric, by_arm in metrics.items():
+        rows = ""
+        for arm, sources in by_arm.items():
+            by_seed, best = collect(sources)
+            if by_seed:
+                values[arm][metric] = by_seed
+                rows += format_row(arm, by_seed, values[arms[0]].get(metric, {}), best)
+                points = list(by_seed.values())
+                panels.setdefault(metric, []).append((arm, points, spread(points)[2]))
+        if rows:
+            text += COLUMNS.format(metric=metric, first=arms[0]) + rows
     Path(config.out, f"{table}.json").write_text(json.dumps(values, indent=1))
     Path(config.out, f"{table}.md").write_text(text)
     pictures.write_dots(Path(config.out, f"{table}.svg"), panels)
@@ -402,9 +343,8 @@ def main(config):
     for table in config.tables:
         if table not in TABLES:
             raise act.UserError(f"expected tables of {', '.join(TABLES)}, got {table}")
-    if config.seeds < 1 or config.jobs < 1:
-        found = f"got {config.seeds} and {config.jobs}"
-        raise act.UserError(f"--seeds, --jobs: expected 1 or more, {found}")
+    if min(config.seeds, config.jobs) < 1:
+        raise act.UserError("--seeds, --jobs: expected 1 or more, got 0")
     for names in (config.weights, config.transfer):
         if len({slug(short_name(name)) for name in names}) < len(names):
             raise act.UserError(f"expected files of different names, got {' '.join(names)}")
@@ -412,18 +352,17 @@ def main(config):
         run.check_apart(data, config.out)
     run.open_folder(config.out)
     runs, tables = make_plan(config)
-    done = sum(each.state == "finished" for each in runs)
-    print(f"{len(runs)} runs, of which {done} are finished", flush=True)
+    print(f"{len(runs)} runs, of which {count(runs, 'finished')} are finished")
     try:
         make_runs(runs, config.jobs)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-    for table, arms in tables.items():
-        write_table(config, table, arms)
+    for table, metrics in tables.items():
+        write_table(config, table, metrics)
     failed = [str(each.folder) for each in runs if each.state == "failed"]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    if any(each.state != "finished" for each in runs):
+    if count(runs, "finished") < len(runs):
         sys.exit(1)
 
 

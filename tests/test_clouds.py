@@ -10,8 +10,6 @@ import act
 from common import randn, refused, seeded
 from util import clouds
 
-SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=6)
-
 
 def make_clouds(sizes, **options):
     names = [str(i) for i in range(len(sizes))]
@@ -19,7 +17,7 @@ def make_clouds(sizes, **options):
     return clouds.Clouds(randn(sum(sizes), 3), offsets, names, offsets[:-1], names, **options)
 
 
-@given(SIZES, st.integers(1, 40), st.integers(0, 99))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 99))
 def test_a_sample_is_in_random_order_and_begins_again(sizes, num, seed):
     data = make_clouds(sizes)
     xyz, flat = data.sample(torch.arange(len(sizes)), num, seeded(seed))
@@ -30,17 +28,20 @@ def test_a_sample_is_in_random_order_and_begins_again(sizes, num, seed):
         assert flat[i].tolist() == [int(data.offsets[i]) + order[j % size] for j in range(num)]
 
 
-@pytest.mark.parametrize("indices", [[2, 0, 2], [1, 2], range(4), torch.tensor([[3], [0]])])
-def test_selected_clouds_keep_points_labels_and_parts(indices):
+@pytest.mark.parametrize("indices", [[2, 0, 2], [1, 2]])
+def test_selected_clouds_keep_their_points_labels_parts_and_identities(indices):
     data = make_clouds([4, 9, 1, 6], parts=torch.arange(20), normalized=False)
     chosen = data.select(indices)
-    for place, i in enumerate(torch.as_tensor(indices).reshape(-1).tolist()):
+    for place, i in enumerate(indices):
         assert torch.equal(chosen[place], data[i])
-        assert chosen.names[place] == str(i)
         assert chosen.labels[place] == chosen.parts[chosen.offsets[place]] == data.offsets[i]
+        assert chosen.identities()[place] == data.identities()[i]
     xyz, flat = chosen.sample(torch.arange(len(indices)), 8, seeded())
     assert torch.equal(xyz, chosen.points[flat])  # as stored
     assert data.select([1, 2]).points.data_ptr() == data[1].data_ptr()  # without a copy
+    before = data.identities()
+    data.points[3] += 1  # the last of cloud 0
+    assert [data.identities()[0] != before[0], data.identities()[1:]] == [True, before[1:]]
 
 
 def test_samples_that_cannot_be_cut_into_patches_are_refused():
@@ -50,16 +51,13 @@ def test_samples_that_cannot_be_cut_into_patches_are_refused():
     clouds.check_sizes(data, num_group=5, group_size=4, points=64)
     with refused("1: expected 8 distinct", "got 5"):
         clouds.check_sizes(data, num_group=8, group_size=4, points=64)
-    with refused("--points", "65", "64"):
-        clouds.check_sizes(data, num_group=5, group_size=65, points=64)
 
 
 def test_subsampled_clouds_are_farthest_points():
-    data = make_clouds([300, 60, 128, 2500], parts=torch.zeros(2988))
+    data = make_clouds([300, 60, 128])
     less = clouds.subsample(data, 128, "cpu")
     assert torch.equal(less[0], data[0][act.farthest_point_sample(data[0][None], 150)[0]])
     assert torch.equal(less.select([1, 2]).points, data.select([1, 2]).points)
-    assert len(clouds.subsample(data, 1024, "cpu")[3]) == 1200  # as published
 
 
 @given(st.integers(0, 99), st.integers(2, 40), st.sampled_from([1e-200, 1e-3, 1, 1e3, 1e200]))
@@ -72,38 +70,12 @@ def test_normalised_clouds_fill_the_unit_sphere(seed, n, unit):
     np.testing.assert_allclose(batch, [cloud, cloud, cloud * 0], atol=1e-6)
 
 
-@given(st.integers(1, 60), st.integers(0, 99), st.sampled_from([1, 1e3]))
-def test_farthest_points_are_those_of_act_ties_included(n, seed, scale):
-    xyz = (np.random.default_rng(seed).normal(size=(n, 3)) * scale).round()  # 1: mostly ties
-    (expected,) = act.farthest_point_sample(torch.from_numpy(xyz).float()[None], n)
-    np.testing.assert_array_equal(clouds.farthest_points(xyz, n), expected)
-
-
-def test_repeated_points_are_chosen_once_before_any_copy_and_no_index_twice():
-    xyz = np.random.default_rng(0).normal(size=(60, 3))
-    rows = np.random.default_rng(1).permutation(np.repeat(np.arange(60), 4))  # a padded scan
-    chosen = clouds.farthest_points(xyz[rows], 100)
-    assert len(set(rows[chosen[:60]])) == 60
-    assert len(set(chosen)) == 100
-
-
-def test_the_identity_of_a_cloud_is_its_name_its_size_and_its_ends():
-    data = make_clouds([3, 5, 1, 2])
-    before = data.identities()
-    data.points[7] += 1  # the last of cloud 1
-    data.names[3] = "other"
-    changed = [a != b for a, b in zip(before, data.identities(), strict=True)]
-    assert changed == [False, True, False, True]
-    assert before[2] == data.select([2]).identities()[0]
-
-
-@pytest.mark.parametrize("num_factors", [1, 3])
-def test_clouds_are_scaled_and_then_moved(num_factors):
+def test_clouds_are_scaled_and_then_moved():
     generator = seeded(1)
     xyz = randn(40, 5, 3)
-    scale = 0.5 + 1.5 * torch.rand(40, 1, num_factors, generator=generator)
+    scale = 0.5 + 1.5 * torch.rand(40, 1, 3, generator=generator)
     expected = xyz * scale + 0.2 * torch.rand(40, 1, 3, generator=generator) - 0.1
-    found = clouds.scale_translate(xyz, seeded(1), (0.5, 2), 0.1, per_axis=num_factors == 3)
+    found = clouds.scale_translate(xyz, seeded(1), (0.5, 2), 0.1)
     torch.testing.assert_close(found, expected)
 
 

@@ -21,7 +21,7 @@ MAX_POINTS = 16384  # A larger cloud keeps a random part of this size.
 
 class Room(NamedTuple):  # Coordinates are in metres, and z points up.
     name: str
-    area: int  # the part of the building, by which rooms are split into training and test
+    area: int  # the part of the building; some are for training, some for test
     xyz: np.ndarray  # (n, 3) float32
     labels: np.ndarray  # (n,) uint8, one per point
     boxes: list = ()  # (class, lowest corner, highest corner) of each object
@@ -57,8 +57,7 @@ class Clouds:
         return self.points[self.offsets[i] : self.offsets[i + 1]]
 
     def identities(self) -> list[str]:
-        """Each cloud's name, number of points, and bytes of its first and its last point, by which
-        --resume notices other clouds of the same names."""
+        """Each cloud's name, size, first and last point, which --resume compares."""
         first = self.points[self.offsets[:-1]]
         last = self.points[self.offsets[1:] - 1]
         ends = torch.cat([first, last], dim=1).cpu().numpy()  # (number of clouds, 6)
@@ -92,20 +91,14 @@ class Clouds:
 
     def sample(self, indices: Tensor, num_points: int, generator: Generator | None = None) -> tuple:
         """A random `num_points` of each cloud, in random order; a smaller cloud is repeated.
-        indices (B,) -> xyz (B, num_points, 3) float32, normalised anew if `normalized`,
-        and flat (B, num_points) int64, the rows of `points`; xyz is on the generator's device."""
-        # Sketch, for three points of a cloud of two points and of a cloud of four:
-        #   keys    0.7  0.1   2    2   |  0.3  0.9  0.2  0.5    random, 2 beyond a cloud's end
-        #   order    1    0    2        |   2    0    3          places of the smallest keys
-        #   turn     0    1    0        |   0    1    2          a smaller cloud begins again
-        #   chosen   1    0    1        |   2    0    3          order[turn]
-        device = self.points.device
-        if generator is not None:
-            device = generator.device
+        indices (B,) -> xyz (B, num_points, 3) float32 on the generator's device, normalised anew if
+        `normalized`, and flat (B, num_points) int64, the rows of `points`."""
+        device = self.points.device if generator is None else generator.device
         indices = indices.to(self.offsets.device)
         start = self.offsets[indices].to(device)  # (B,)
         size = self.offsets.diff()[indices].to(device)  # (B,)
         largest = self.largest or int(size.max())
+        # Places in the order of random keys; a key of 2 is beyond a cloud's end.
         keys = torch.rand(len(size), largest, generator=generator, device=device)
         keys.masked_fill_(torch.arange(largest, device=device) >= size[:, None], 2)
         order = keys.topk(min(num_points, largest), largest=False).indices
@@ -119,7 +112,7 @@ class Clouds:
 
 
 def check_sizes(clouds: Clouds, num_group: int, group_size: int, points: int) -> None:
-    """Raises UserError unless samples can be cut into patches, whose centers are distinct."""
+    """Raises UserError unless samples have enough distinct points for the patches."""
     if points < group_size:
         raise act.UserError(f"--points: expected {group_size} or more, got {points}")
     for i, name in enumerate(clouds.names):
@@ -136,9 +129,7 @@ def each_cloud(function: Callable, clouds: Clouds, num_points: int | None = None
     """What `function`, of xyz (B, n, 3), gives for each cloud, in batches of one size. With
     `num_points` it sees so many, as in files.read_cloud: the first, or all, repeated."""
     sizes = clouds.offsets.diff()
-    seen = sizes
-    if num_points is not None:
-        seen = torch.full_like(sizes, num_points)
+    seen = sizes if num_points is None else torch.full_like(sizes, num_points)
     values = [None] * len(clouds)
     for size in seen.unique().tolist():
         for indices in (seen == size).nonzero()[:, 0].split(64):
@@ -190,19 +181,6 @@ def limit_points(rows: np.ndarray) -> np.ndarray:
     if len(rows) <= MAX_POINTS:
         return rows
     return rows[np.random.default_rng(0).choice(len(rows), MAX_POINTS, replace=False)]
-
-
-def farthest_points(xyz: np.ndarray, num: int) -> np.ndarray:
-    """act.farthest_point_sample in numpy: (n, 3) -> (num,) the same indices, num <= n."""
-    planes = np.ascontiguousarray(np.asarray(xyz, np.float32).T)  # (3, n)
-    nearest = np.full(len(xyz), np.inf, np.float32)  # squared distance to the chosen points
-    chosen = np.zeros(num, np.int64)
-    for i in range(1, num):
-        x, y, z = planes - planes[:, chosen[i - 1], None]
-        np.minimum(nearest, x * x + y * y + z * z, out=nearest)
-        nearest[chosen[i - 1]] = -1  # below its copies: no index comes twice
-        chosen[i] = nearest.argmax()
-    return chosen
 
 
 # -- Augmentation ---------------------------------------------------------------------------------

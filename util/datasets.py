@@ -17,12 +17,11 @@ import pickle
 import pickletools
 import re
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,10 +47,10 @@ SCANNET_CLASSES = "cabinet bed chair sofa table door window bookshelf picture co
 SCANNET_CLASSES += "desk curtain refrigerator showercurtrain toilet sink bathtub garbagebin".split()
 SCANNET_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 SCANNET = dict(zip(SCANNET_CLASSES, SCANNET_IDS, strict=True))  # class -> its nyu40 id
-SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-ROOMS = ((7, 400), (8, 48))  # synthetic scenes to train and to test on: area (its seed), number
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # by folder
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 MAX_LABELS = 64  # of points whose labels have no names; a column of more values is a colour
-H5_NAME = re.compile(r"(.*)(train|test|val)(?:ing|idation)?_?(\d*)(.*)\.h5")  # split, part
+H5_NAME = re.compile(r"(.*)(train|test)(?:ing)?_?\d*(.*)\.h5")  # the split, and a part's number
 
 
 @dataclass
@@ -61,7 +60,6 @@ class Dataset:  # clouds to train and to test on
     test: Clouds
     everything: Clouds | None = None  # both, if the published pretraining takes both
     notes: list[str] = field(default_factory=list)  # what whoever reads the results must know
-    unit = "cloud"
 
 
 @dataclass
@@ -71,23 +69,14 @@ class RoomSet:  # rooms, or Scenes, to train and to test on
     test: list
     classes: list[str]
     notes: list[str] = field(default_factory=list)
-    unit = "room"
-
-
-class Options(NamedTuple):  # of open_dataset
-    cache: str | Path | None = None
-    variant: str = "PB_T50_RS"
-    area: int = 5
-    drop_invalid: bool = False
 
 
 def describe(dataset: Dataset | RoomSet) -> str:
     """One line: name, sizes of the splits, number and names of the classes, notes."""
-    has_rooms = isinstance(dataset, RoomSet)
-    classes = dataset.classes if has_rooms else dataset.train.classes or dataset.train.part_names
-    num_test = len(dataset.test)
-    text = f"{dataset.name}: {len(dataset.train)} training and {num_test} test {dataset.unit}"
-    text += f"{'s' * (num_test != 1)}, {len(classes)} class{'es' * (len(classes) != 1)}"
+    named = dataset if isinstance(dataset, RoomSet) else dataset.train
+    classes = named.classes or named.part_names
+    sizes = f"{len(dataset.train)} to train on, {len(dataset.test)} to test on"
+    text = f"{dataset.name}: {sizes}, {len(classes)} classes"
     if 0 < len(classes) <= 40:
         text += f": {', '.join(classes)}"
     return "; ".join([text] + dataset.notes)
@@ -104,20 +93,18 @@ class Entry:  # a file of a data set
 
 def find_clouds(paths: list) -> list[Path]:
     """The clouds below folders; a path without any stays. Says on stderr what it skips."""
-    chosen = []
+    chosen = {}
     for path in map(Path, paths):
-        found = []
-        if path.is_dir():
-            found, notes = survey(path)
-            for note in notes:
-                print(f"{path}: {note}", file=sys.stderr, flush=True)
-        chosen += found or [path]
-    return list(dict.fromkeys(chosen))
+        taken, notes = survey(path) if path.is_dir() else ([], [])
+        for note in notes:
+            print(f"{path}: {note}", file=sys.stderr, flush=True)
+        chosen |= dict.fromkeys(taken or [path])
+    return list(chosen)
 
 
 def survey(folder: Path, suffixes: tuple = tuple(files.READERS)) -> tuple[list[Path], list[str]]:
-    """The clouds below a folder, and notes of the files that are none (those of other types, texts
-    without points, pictures of our own runs) and of the folders that hold none."""
+    """The clouds below a folder, and notes of what is none: files of other types, texts without
+    points, pictures of our own runs, folders without clouds."""
     listed = [path for path in files.list_files(folder) if path.name != "classes.txt"]
     logs = filter(lambda path: path.name == "metrics.jsonl", listed)
     runs = {path.parent for path in logs if path.with_name("config.json").is_file()}
@@ -135,64 +122,45 @@ def survey(folder: Path, suffixes: tuple = tuple(files.READERS)) -> tuple[list[P
         else:
             skipped[suffix or path.name] += 1
     empty = []
-    for above, names, _ in os.walk(folder):
-        for name in sorted(names):
-            path = Path(above, name)
-            if path.parent in filled and path not in filled and name[0] != ".":
-                empty.append(path.relative_to(folder).as_posix())
-    notes = []
-    if skipped:
-        counts = [f"{number} {suffix}" for suffix, number in skipped.most_common()]
-        notes.append(f"skipped: {', '.join(counts)}")
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.parent in filled and path not in filled and path.is_dir():
+            empty.append(path.relative_to(folder).as_posix())
+    lists = {"skipped": [f"{number} {suffix}" for suffix, number in skipped.most_common()]}
+    lists |= {"runs of ours, not read": sorted(map(str, runs)), "no clouds in": empty}
+    notes = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     for suffix in sorted(skipped.keys() & files.CONVERSIONS.keys()):
         notes.append(f"to read a {suffix}: {files.CONVERSIONS[suffix]}")
-    if runs:
-        notes.append(f"not read, as of a run of ours: {', '.join(map(str, sorted(runs)))}")
-    if empty:
-        notes.append(f"no clouds in {', '.join(empty)}")
     return taken, notes
 
 
 def list_clouds(folder: Path, labelled: bool = False) -> tuple[list[Entry], list[str]]:
-    """The clouds below a folder with their splits, and notes; `labelled`: files.LABELLED alone."""
+    """The clouds below a folder with their splits, and notes; `labelled`: files.LABELLED alone.
+    The first level of folders with a training set and another, or with splits alone, splits the
+    clouds. A folder train below it, or among others of no split, is a class."""
     suffixes = files.LABELLED if labelled else tuple(files.READERS)
-    found, skipped = survey(folder, suffixes)
-    if not found:
+    taken, notes = survey(folder, suffixes)
+    if not taken:
         expected = f"{folder}: expected a folder with files {' '.join(suffixes)}, got none"
-        raise act.UserError("; ".join([expected] + skipped))
-    names = [path.relative_to(folder).as_posix() for path in found]
-    level = split_level(names)
+        raise act.UserError("; ".join([expected] + notes))
+    names = [path.relative_to(folder).as_posix() for path in taken]
+    above = [name.lower().split("/")[:-1] for name in names]
+    level = None
+    for depth in reversed(range(max(map(len, above)))):
+        splits = {SPLITS.get(folders[depth]) for folders in above if len(folders) > depth}
+        if None not in splits or ("train" in splits and len(splits - {None}) > 1):
+            level = depth
     entries = []
     for name in names:
         entry = Entry(name, parts=(0, 256) if labelled else None)
-        for depth, above in enumerate(name.split("/")[:-1]):
-            if depth == level and split_name(above):
-                entry.split = split_name(above)
+        for depth, label in enumerate(name.split("/")[:-1]):
+            if depth == level and label.lower() in SPLITS:
+                entry.split = SPLITS[label.lower()]
             elif not labelled:
-                entry.label = entry.label or above
+                entry.label = entry.label or label
         entries.append(entry)
-    notes = []
-    for label in sorted({entry.label or "" for entry in entries}):
-        if split_name(label):
-            notes.append(f"the folder {label} is a class")
-    return entries, skipped + notes + choose_splits(folder, entries)
-
-
-def split_name(folder):
-    """train, val or test if a folder of this name may be a split, else None."""
-    name = SPLIT_NAMES.get(folder.lower(), folder.lower())
-    return name if name in ("train", "val", "test") else None
-
-
-def split_level(names):
-    """The first depth of folders, from 0, that splits the clouds, or None: it has a training set
-    and another, or splits alone. A folder train among others of no split, or below, is a class."""
-    folders = [name.split("/")[:-1] for name in names]
-    for depth in range(max(len(above) for above in folders)):
-        splits = {split_name(above[depth]) for above in folders if len(above) > depth}
-        if None not in splits or ("train" in splits and len(splits - {None}) > 1):
-            return depth
-    return None
+    classes = {entry.label for entry in entries if entry.label and entry.label.lower() in SPLITS}
+    notes += [f"the folder {label} is a class" for label in sorted(classes)]
+    return entries, notes + choose_splits(folder, entries)
 
 
 def choose_splits(folder, entries):
@@ -205,8 +173,7 @@ def choose_splits(folder, entries):
                 raise act.UserError(f"{folder}: expected train and test folders, got {entry.name}")
             if entry.split == "val":
                 entry.split = becomes
-        notes = {"train": "val joins the training set", "test": "val is the test set"}
-        return [notes[becomes]] if "val" in splits else []
+        return [f"val is in the {becomes} set"] if "val" in splits else []
     groups = {}
     for entry in entries:
         groups.setdefault(entry.label, []).append(entry)
@@ -223,26 +190,6 @@ def choose_splits(folder, entries):
 
 
 # -- Reading, once ---------------------------------------------------------------------------------
-def read_cached(root, entries, options, columns):
-    """The rows (T, columns) float32 of all files, and offsets (files + 1,), mapped from a cache."""
-    folder = Path(options.cache or root)
-    if not options.cache and not os.access(root, os.W_OK):
-        folder = Path(tempfile.gettempdir(), f"clouds-cache-{Path(os.path.expanduser('~')).name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = [clouds.MAX_POINTS, files.MESH_POINTS, options.drop_invalid]
-    for entry in entries:
-        path = root / entry.name
-        if path.exists():  # else reading it names it
-            state.append((entry.name, path.stat().st_size, path.stat().st_mtime_ns))
-    keys = [[os.path.realpath(root), columns], state]
-    hashes = [hashlib.sha256(ascii(key).encode()).hexdigest()[:12] for key in keys]
-    stem = folder / f".clouds-{hashes[0]}-{hashes[1]}"
-    if map_cache(stem, columns) is None:
-        print(f"reading {len(entries)} clouds into {stem}.points, once", file=sys.stderr)
-        write_cache(stem, root, entries, options.drop_invalid)
-    return map_cache(stem, columns)
-
-
 def map_cache(stem, columns):
     """The two tensors of a cache, or None if it is absent or damaged."""
     with contextlib.suppress(OSError, act.UserError), files.parsing():
@@ -253,14 +200,32 @@ def map_cache(stem, columns):
     return None
 
 
-def write_cache(stem, root, entries, drop_invalid):
-    """Writes the cache in place of earlier ones of the folder. Broken files are named on stderr."""
+def read_cached(root, entries, options, columns):
+    """The rows (T, columns) float32 of all files, and offsets (files + 1,), mapped from a cache,
+    which is written first, in place of earlier ones. Broken files are named on stderr."""
+    folder = Path(options.cache or root)
+    with files.reading(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    state = [clouds.MAX_POINTS, files.MESH_POINTS, options.drop_invalid]
+    for entry in entries:
+        path = root / entry.name
+        if path.exists():  # else reading it names it
+            state.append((entry.name, path.stat().st_size, path.stat().st_mtime_ns))
+    keys = [[os.path.realpath(root), columns], state]
+    hashes = [hashlib.sha256(ascii(key).encode()).hexdigest()[:12] for key in keys]
+    stem = folder / f".clouds-{hashes[0]}-{hashes[1]}"
+    cached = map_cache(stem, columns)
+    if cached is not None:
+        return cached
+    if not os.access(folder, os.W_OK):
+        raise act.UserError(f"{folder}: expected a folder to write to, else --cache, got none")
+    print(f"reading {len(entries)} clouds into {stem}.points, once", file=sys.stderr)
     offsets = [0]
     broken = []
     with files.complete_file(f"{stem}.points") as file:
         for entry in run.progress(entries, f"{root}: files read"):
             try:
-                rows = read_rows(root / entry.name, entry.parts, drop_invalid)
+                rows = read_rows(root / entry.name, entry.parts, options.drop_invalid)
                 file.write(rows.astype("<f4").tobytes())
                 offsets.append(offsets[-1] + len(rows))
             except act.UserError as error:
@@ -271,19 +236,19 @@ def write_cache(stem, root, entries, drop_invalid):
             raise act.UserError(f"{root}: expected files that can be read, {got}")
     with files.complete_file(f"{stem}.offsets.npy") as file:
         np.save(file, np.array(offsets, np.int64))
-    for path in stem.parent.glob(f"{stem.name[:-12]}*"):
+    for path in folder.glob(f".clouds-{hashes[0]}-*"):
         if not path.name.startswith(stem.name):
             path.unlink(missing_ok=True)
+    return map_cache(stem, columns)
 
 
 def read_rows(path, parts, drop_invalid):
     """A file as the cache keeps it: normalised x y z and, if it holds labels, the label."""
     if parts is None:
-        return files.read_cloud(path, points=None, drop_invalid=drop_invalid)
+        return files.read_cloud(path, None, True, drop_invalid)
+    xyz, labels = map(clouds.limit_points, files.read_labelled(path, *parts))
     with files.reading(path):
-        xyz, labels = files.read_labelled(path, *parts)
-        xyz = clouds.normalize(clouds.limit_points(xyz))
-        return np.column_stack([xyz, clouds.limit_points(labels)])
+        return np.column_stack([clouds.normalize(xyz), labels])
 
 
 def read_files(name, root, entries, options, classes=None, notes=(), pretrain_on_all=False):
@@ -300,9 +265,8 @@ def read_files(name, root, entries, options, classes=None, notes=(), pretrain_on
         whole.parts = rows[:, 3].long()
     if None not in labels:
         whole.classes = list(classes or sorted(set(labels)))
-        unknown = sorted(set(labels) - set(whole.classes))
-        if unknown:
-            raise act.UserError(f"{root}: expected classes {whole.classes}, got {unknown}")
+        if not set(labels) <= set(whole.classes):
+            raise act.UserError(f"{root}: expected {whole.classes}, got {set(labels)}")
         whole.labels = torch.tensor(list(map(whole.classes.index, labels)))
     dataset = Dataset(name, whole, whole, whole if pretrain_on_all else None, list(notes))
     if len(entries) > 1:
@@ -311,45 +275,33 @@ def read_files(name, root, entries, options, classes=None, notes=(), pretrain_on
     return dataset
 
 
-def pack_arrays(sources, classes=None, drop_invalid=False):
-    """The Clouds of arrays (n, 3 or more) that come from outside unchecked. A source is a file's
-    path, its arrays, and their labels or None."""
-    packed = []
-    names = []
-    numbers = []
-    for path, arrays, labels in sources:
-        with files.reading(path):
-            if not isinstance(arrays, (list, tuple)) or not arrays:
-                raise act.UserError(f"expected a list of one cloud or more, got {str(arrays)[:80]}")
-            for i, array in enumerate(arrays):
-                if not isinstance(array, np.ndarray):
-                    raise act.UserError(f"expected arrays of points, got {type(array).__name__}")
-                points = clouds.limit_points(files.check_points(array, drop_invalid))
-                packed.append(torch.from_numpy(points).float())
-                names.append(f"{path.stem}_{i:05d}")
-            if labels is not None:
-                numbers.append(check_labels(labels, len(arrays), len(classes or range(1000))))
-    offsets = torch.tensor([0] + list(map(len, packed))).cumsum(0)
-    split = Clouds(torch.cat(packed), offsets, names, classes=list(classes or []))
-    if numbers:
-        split.labels = torch.from_numpy(np.concatenate(numbers))
-    return split
-
-
-def check_labels(labels, count, num_classes):
-    """`count` labels below num_classes, (count,) or (count, 1) of any type of number, as int64."""
-    with files.parsing():  # numpy refuses lists of unequal lengths
-        numbers = np.asarray(labels).reshape(-1)
-    fits = len(numbers) == count and numbers.dtype.kind in "fiub"
-    if not fits or not np.isin(numbers, np.arange(num_classes)).all():
-        raise act.UserError(f"expected {count} labels below {num_classes}, got {numbers}")
-    return numbers.astype(np.int64)
+def pack_arrays(path, arrays, labels=None, classes=(), drop_invalid=False):
+    """The Clouds of a file's arrays (n, 3 or more), unchecked so far, and of their labels below the
+    number of classes, (count,) or (count, 1) of any type."""
+    with files.reading(path):
+        is_list = isinstance(arrays, (list, tuple)) and len(arrays) > 0
+        if not is_list or not all(isinstance(array, np.ndarray) for array in arrays):
+            raise act.UserError(f"expected a list of arrays of points, got {str(arrays)[:80]}")
+        packed = []
+        for array in arrays:
+            points = clouds.limit_points(files.check_points(array, drop_invalid))
+            packed.append(torch.from_numpy(points).float())
+        offsets = torch.tensor([0] + list(map(len, packed))).cumsum(0)
+        names = [f"{path.stem}_{i:05d}" for i in range(len(packed))]
+        split = Clouds(torch.cat(packed), offsets, names, classes=list(classes))
+        if labels is not None:
+            with files.parsing():  # numpy refuses lists of unequal lengths
+                labels = np.asarray(labels).reshape(-1)
+            end = len(classes) or 1000
+            fits = len(labels) == len(arrays) and labels.dtype.kind in "fiub"
+            if not fits or not np.isin(labels, np.arange(end)).all():
+                raise act.UserError(f"expected {len(arrays)} labels below {end}, got {labels}")
+            split.labels = torch.from_numpy(labels.astype(np.int64))
+        return split
 
 
 # -- Pickles, of which arrays and plain values are read -------------------------------------------
-class PickledDtype:
-    """In place of numpy.dtype, whose flags come from the file: wrong ones crash the interpreter."""
-
+class PickledDtype:  # in place of numpy.dtype, whose flags, if forged, crash the interpreter
     def __init__(self, code, *_):
         self.dtype = np.dtype(code)
         if self.dtype.kind not in "fiub":
@@ -365,9 +317,7 @@ class PickledArray(np.ndarray):  # takes its type from a PickledDtype
         super().__setstate__((version, shape, kind.dtype, is_fortran, data))
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Knows the names that pickled arrays need, and refuses any other."""
-
+class ArrayUnpickler(pickle.Unpickler):  # refuses all names that no array needs
     ALLOWED = {
         "numpy.ndarray": None,  # the first argument of _reconstruct, and nothing else
         "numpy.dtype": PickledDtype,
@@ -403,7 +353,7 @@ def read_episode(path: Path | str, way: int) -> tuple[Clouds, Clouds]:
     for split in ("train", "test"):
         with files.reading(path), files.parsing():  # a foreign pickle can hold anything
             arrays, labels = list(zip(*fold[split], strict=True))[:2]
-        splits.append(pack_arrays([(path, arrays, labels)], classes))
+        splits.append(pack_arrays(path, arrays, labels, classes))
     return tuple(splits)
 
 
@@ -418,9 +368,6 @@ def open_shapenet(root, options):
     lists = root / "ShapeNet-55" if (root / "ShapeNet-55").is_dir() else root
     entries = []
     for split in ("train", "test"):
-        if not (lists / f"{split}.txt").is_file():
-            hint = f"--data {root / 'shapenet_pc'} needs none"
-            raise act.UserError(f"{root}: expected lists ShapeNet-55/{split}.txt, got none; {hint}")
         for name in read_words(lists / f"{split}.txt"):
             entries.append(Entry(name, split, name.split("-")[0]))
     return read_files("ShapeNet-55", root / "shapenet_pc", entries, options, pretrain_on_all=True)
@@ -428,8 +375,9 @@ def open_shapenet(root, options):
 
 def open_modelnet(root, options):
     """ModelNet40: texts and two lists, or Point-BERT's pickles of [clouds (n, 6), labels]."""
-    stated = root / "modelnet40_shape_names.txt"
-    classes = read_words(stated) if stated.is_file() else None
+    classes = []
+    if (root / "modelnet40_shape_names.txt").is_file():
+        classes = read_words(root / "modelnet40_shape_names.txt")
     if (root / "modelnet40_train_8192pts_fps.dat").is_file():
         splits = []
         for split in ("train", "test"):
@@ -437,8 +385,7 @@ def open_modelnet(root, options):
             content = read_pickle(path)
             with files.reading(path), files.parsing():  # a foreign pickle can hold anything
                 arrays, labels = content
-            source = (path, arrays, labels)
-            splits.append(pack_arrays([source], classes, options.drop_invalid))
+            splits.append(pack_arrays(path, arrays, labels, classes, options.drop_invalid))
         return Dataset("ModelNet40", *splits)
     entries = []
     for split in ("train", "test"):
@@ -449,65 +396,44 @@ def open_modelnet(root, options):
 
 
 def open_h5(path, options):
-    """Files *train*.h5 and *test*.h5 of one folder, numbered parts of them joined, with classes
-    named in shape_names.txt; or ScanObjectNN's `variant`, which is used as stored."""
+    """*train*.h5 and *test*.h5 of a folder, all their numbered parts, also if one of these is
+    given, and shape_names.txt; or ScanObjectNN's `variant`, which is used as stored."""
+    h5py = files.require("h5py")
     found = [path]
     if path.is_dir():
         found = [file for file in files.list_files(path) if file.match("*train*.h5")]
-    shown = " ".join(str(file.absolute()) for file in found)
+    shown = " ".join(map(str, map(Path.absolute, found)))
     is_scan = "objectdataset" in shown
     if is_scan and path.is_dir():
         wanted = SCAN_FILES[options.variant]
         if "main_split" not in shown:
             wanted = Path(wanted).name  # the folder has another name
         found = [file for file in found if file.absolute().match(wanted)]
-    entries = h5_parts(found[0]) if found else []
-    parts = [entry.name for entry in entries if entry.split == "train"]
-    if not found or not set(found) <= set(parts):
-        got = " ".join(map(str, found)) or "none"
-        raise act.UserError(f"{path}: expected one train .h5 of {options.variant}, got {got}")
-    if path.is_file() and len(parts) > 1:
-        raise act.UserError(f"{path}: expected its folder, got one of {len(parts)} parts")
-    stated = found[0].with_name("shape_names.txt")
-    classes = SCAN_CLASSES if is_scan else None
-    if stated.is_file():
-        classes = read_words(stated)
-    notes = choose_splits(path, entries)
+    first = found[0] if found else path
+    own = H5_NAME.fullmatch(first.name)
+    parts = {"train": [], "test": []}
+    for beside in sorted(first.parent.glob("*.h5"), key=lambda file: (len(file.name), file.name)):
+        match = H5_NAME.fullmatch(beside.name)
+        if own and match and match.group(1, 3) == own.group(1, 3):
+            parts[match[2]].append(beside)
+    if not parts["test"] or not set(found) <= set(parts["train"]):
+        expected = f"{path}: expected one train and test .h5 of {options.variant}"
+        raise act.UserError(f"{expected}, got {shown or 'none'}")
+    classes = SCAN_CLASSES if is_scan else []
+    if first.with_name("shape_names.txt").is_file():
+        classes = read_words(first.with_name("shape_names.txt"))
     splits = []
     for split in ("train", "test"):
-        sources = [read_h5(entry.name) for entry in entries if entry.split == split]
-        splits.append(pack_arrays(sources, classes, options.drop_invalid))
+        arrays = []
+        labels = []
+        for file in parts[split]:
+            with files.reading(file), files.parsing(), h5py.File(file, "r") as content:
+                arrays += list(content["data"][:])
+                labels += content["label"][:].ravel().tolist()
+        splits.append(pack_arrays(file, arrays, labels, classes, options.drop_invalid))
         splits[-1].normalized = not is_scan
-    name = f"ScanObjectNN ({found[0].stem})" if is_scan else path.stem
-    return Dataset(name, *splits, notes=notes)
-
-
-def h5_parts(file):
-    """Entries of the .h5 files whose names are that of `file` but for the split and the number of
-    a part, in the order of the numbers."""
-    around = H5_NAME.fullmatch(file.name)
-    numbered = []
-    for beside in file.parent.glob("*.h5"):
-        match = H5_NAME.fullmatch(beside.name)
-        if match and around and match.group(1, 4) == around.group(1, 4):
-            numbered.append((match[2], int(match[3] or -1), beside))
-    for split in ("train", "val", "test"):
-        numbers = sorted(number for name, number, _ in numbered if name == split)
-        count = len(numbers)
-        if count > 1 and numbers not in (list(range(count)), list(range(1, count + 1))):
-            expected = f"{file.parent}: expected {split} parts numbered from 0 or 1"
-            raise act.UserError(f"{expected}, got {numbers}")
-    if len({split for split, _, _ in numbered}) == 1:
-        raise act.UserError(f"{file}: expected *train*.h5 and *test*.h5, got one of them")
-    return [Entry(path, split) for split, _, path in sorted(numbered)]
-
-
-def read_h5(path):
-    """A file of `data` (n, P, 3 or more) and `label` (n,) or (n, 1), as pack_arrays takes it."""
-    with files.reading(path):
-        h5py = files.require("h5py")
-        with files.parsing(), h5py.File(path, "r") as content:
-            return path, list(content["data"][:]), content["label"][:]
+    name = f"ScanObjectNN ({first.stem})" if is_scan else path.stem
+    return Dataset(name, *splits)
 
 
 def open_shapenet_part(root, options):
@@ -521,12 +447,10 @@ def open_shapenet_part(root, options):
     for listed, split in (("train", "train"), ("val", "train"), ("test", "test")):
         path = root / "train_test_split" / f"shuffled_{listed}_file_list.json"
         with files.reading(path), files.parsing():  # a foreign list can hold anything
-            names = ["/".join(name.split("/")[-2:]) for name in json.loads(path.read_text("utf-8"))]
-        for name in names:
-            label = categories.get(name.split("/")[0])
-            if label is None or "/" not in name:
-                raise act.UserError(f"{path}: expected shape_data/<synset>/<model>, got {name}")
-            entries.append(Entry(f"{name}.txt", split, label, SHAPENET_PARTS[label]))
+            for name in json.loads(path.read_text("utf-8")):
+                synset, model = name.split("/")[-2:]
+                label = categories[synset]
+                entries.append(Entry(f"{synset}/{model}.txt", split, label, SHAPENET_PARTS[label]))
     dataset = read_files("ShapeNetPart", root, entries, options, classes)
     for split in (dataset.train, dataset.test):
         split.part_ranges = list(map(SHAPENET_PARTS.get, classes))
@@ -541,18 +465,16 @@ def open_blocks(root, options):
         blocks = []
         for room in split:
             _, which = np.unique(np.floor(room.xyz[:, :2]), axis=0, return_inverse=True)
-            for i in range(which.max() + 1):
-                block = room.xyz[which.reshape(-1) == i]
-                if len(block) >= 1024:
-                    blocks.append(block)
-        splits.append(pack_arrays([(root, blocks, None)]))
+            blocks += [room.xyz[which.reshape(-1) == i] for i in range(which.max() + 1)]
+        blocks = [block for block in blocks if len(block) >= 1024]
+        splits.append(pack_arrays(root, blocks))
     return Dataset("S3DIS", *splits, notes=rooms.notes + ["blocks of 1 m x 1 m"])
 
 
 def open_clouds(path, options):
     """A folder of own clouds: see open_dataset; or a file, one cloud to train and to test on."""
     if path.is_file():
-        xyz = torch.from_numpy(read_rows(path, None, options.drop_invalid))
+        xyz = torch.from_numpy(files.read_cloud(path, None, True, options.drop_invalid))
         cloud = Clouds(xyz, torch.tensor([0, len(xyz)]), [path.name])
         return Dataset(path.name, cloud, cloud, notes=["one cloud to train and test on"])
     entries, notes = list_clouds(path)
@@ -580,27 +502,28 @@ def open_dataset(
     """'synthetic', the root of a published data set, a train .h5, a folder of clouds or one cloud.
 
     Sub-folders are classes; train, test and val, above or below them, are splits, else a fixed
-    fifth of each class is the test set. Clouds are read once, into `cache`, else the folder, else
-    the temporary folder. variant: a key of SCAN_FILES; area: the test area of S3DIS; drop_invalid:
-    points that are not finite are left out, else an error."""
+    fifth of each class is the test set. Clouds are read once, into `cache`, else the folder.
+    variant: a key of SCAN_FILES; area: the test area of S3DIS; drop_invalid: leaves out points
+    that are not finite, else an error."""
     if data == "synthetic":
         test = synthetic.synthetic_clouds(20, seed=1)
         return Dataset("synthetic shapes", synthetic.synthetic_clouds(50, seed=0), test)
+    options = SimpleNamespace(cache=cache, variant=variant, area=area, drop_invalid=drop_invalid)
     path = Path(data)
     if not path.exists():
         raise act.UserError(f"{path}: expected 'synthetic', a file or a folder, got no such path")
     with files.reading(path):
         names = os.listdir(path) if path.is_dir() else [path.suffix]
         openers = [LAYOUTS[key] for key in LAYOUTS if fnmatch.filter(names, key)] + [open_clouds]
-        dataset = openers[0](path, Options(cache, variant, area, drop_invalid))
+        dataset = openers[0](path, options)
     if dataset.train.labels is not None and not dataset.train.classes:
         count = 1 + int(max(dataset.train.labels.max(), dataset.test.labels.max()))
         dataset.train.classes = [f"class {i}" for i in range(count)]
         dataset.test.classes = dataset.train.classes
     for kind, split in (("training", dataset.train), ("test", dataset.test)):
-        missing = [name for i, name in enumerate(split.classes) if i not in split.labels]
-        if missing:
-            dataset.notes.append(f"no {kind} clouds of {', '.join(missing)}")
+        for i, name in enumerate(split.classes):
+            if i not in split.labels:
+                dataset.notes.append(f"no {kind} clouds of {name}")
     return dataset
 
 
@@ -611,11 +534,12 @@ def open_parts(data: str | Path, cache: str | Path | None = None) -> Dataset:
         test = synthetic.compositions(synthetic.synthetic_clouds(20, seed=1))
         return Dataset("synthetic compositions", train, test)
     root = Path(data)
+    options = SimpleNamespace(cache=cache, drop_invalid=False)
     with files.reading(root):
         if (root / "synsetoffset2category.txt").is_file():
-            return open_shapenet_part(root, Options(cache))
+            return open_shapenet_part(root, options)
         entries, notes = list_clouds(root, labelled=True)
-        dataset = read_files(root.absolute().name, root, entries, Options(cache), notes=notes)
+        dataset = read_files(root.absolute().name, root, entries, options, notes=notes)
         labels = torch.cat([dataset.train.parts, dataset.test.parts])
         names = label_names(root, entries[0].name, labels)
         for split in (dataset.train, dataset.test):
@@ -626,7 +550,7 @@ def open_parts(data: str | Path, cache: str | Path | None = None) -> Dataset:
 
 def label_names(root, name, labels):
     """Names of the labels (n,) of a folder, from 0 on: the lines of classes.txt, else "label 0" and
-    so on. Without names those of its file `name`, or so many, must not look like colours."""
+    so on, unless they are colours: many, or three columns of bytes, not four, end file `name`."""
     stated = root / "classes.txt"
     count = int(labels.max()) + 1
     if stated.is_file():
@@ -634,24 +558,20 @@ def label_names(root, name, labels):
         if len(names) < count:
             raise act.UserError(f"{stated}: expected {count} names, got {len(names)}")
         return names
+    if name.lower().endswith(".npy"):
+        rows = files.read_numpy(root / name)
+    else:
+        lines = files.text_lines(root / name)
+        lines = lines[len(lines) // 2 :][:9999]  # without names of columns
+        text = re.sub("[,;]", " ", "\n".join(lines))
+        rows = np.genfromtxt(text.split("\n"), ndmin=2, invalid_raise=False)
+    is_byte = np.isin(rows[:, 3:], np.arange(256)).all(axis=0)  # (columns - 3,)
+    is_color = len(is_byte) >= 3 and is_byte[-3:].all() and not is_byte[-4:-3].any()
     number = len(np.unique(labels))
-    if number > MAX_LABELS or ends_in_colors(root / name):
+    if is_color or number > MAX_LABELS:
         expected = "expected a last column of labels, named in classes.txt"
         raise act.UserError(f"{root / name}: {expected}, got {number} labels like colours")
     return [f"label {i}" for i in range(count)]
-
-
-def ends_in_colors(path):
-    """Whether three columns of bytes, not four, end the rows of a file: r, g and b."""
-    if path.suffix.lower() == ".npy":
-        rows = files.read_numpy(path)
-    else:
-        lines = files.text_lines(path)
-        lines = lines[max(len(lines) // 2, len(lines) - 9999) :]  # without names of columns
-        lines = [re.sub("[,;]", " ", line) for line in lines]
-        rows = np.genfromtxt(lines, ndmin=2, invalid_raise=False)
-    is_byte = np.isin(rows[:, 3:], np.arange(256)).all(axis=0)  # (columns - 3,)
-    return len(is_byte) >= 3 and is_byte[-3:].all() and not is_byte[-4:-3].any()
 
 
 def open_rooms(data: str | Path, area: int = 5, density: float = 1200.0) -> RoomSet:
@@ -695,7 +615,8 @@ def read_room(path, area, num_classes):
 def open_scans(data: str | Path, points: int) -> RoomSet:
     """Scenes with boxes: 'synthetic' of `points` or more points, or VoteNet's form of ScanNetV2."""
     if data == "synthetic":
-        train, test = map(synthetic_scenes, ROOMS, (points, points))
+        train = synthetic_scenes((7, 400), points)
+        test = synthetic_scenes((8, 48), points)
         return RoomSet("synthetic rooms", train, test, synthetic.ROOM_CLASSES[3:])
     root = Path(data)
     with files.reading(root):
@@ -705,7 +626,7 @@ def open_scans(data: str | Path, points: int) -> RoomSet:
 
 
 def synthetic_scenes(rooms, points):
-    """The furnished rooms (area, number of them) as Scenes, whatever --seed is."""
+    """The furnished rooms (area, which is their seed, and number of them) as Scenes."""
     scenes = []
     for room in synthetic.synthetic_rooms([(rooms[0], i) for i in range(rooms[1])], points / 35):
         labels, low, high = map(np.stack, zip(*room.boxes, strict=True))  # (m,), (m, 3), (m, 3)
@@ -720,12 +641,9 @@ def read_scans(root, list_name):
     for folder in (root.parent / "meta_data", root.parent, root):  # the last that has it counts
         if (folder / list_name).is_file():
             names = read_words(folder / list_name)
-    missing = []
+    missing = [name for name in names if not (root / f"{name}_vert.npy").is_file()]
     scans = []
-    for name in names:
-        if not (root / f"{name}_vert.npy").is_file():
-            missing.append(name)
-            continue
+    for name in filter(lambda name: name not in missing, names):
         with files.reading(root / f"{name}_bbox.npy"):
             boxes = files.read_numpy(root / f"{name}_bbox.npy")
             if boxes.size == 0:

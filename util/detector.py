@@ -1,9 +1,8 @@
 """A detector of boxes in rooms: the pretrained encoder, then the decoder of 3DETR.
 
-3DETR is Misra et al., "An End-to-End Transformer Model for 3D Object Detection" (ICCV 2021), whose
-code has the sizes and thresholds below. Coordinates are in metres, z up. Shapes: B rooms, N points,
-G patches, Q queries, C classes, L decoder layers, D the decoder's width. A box is its center (3)
-and its size (3), with faces along the axes.
+3DETR is Misra et al., ICCV 2021, whose code has the sizes and thresholds below. Coordinates are in
+metres, z up. Shapes: B rooms, N points, G patches, Q queries, C classes, L decoder layers, D the
+decoder's width. A box is its center (3) and its size (3), with faces along the axes.
 """
 
 import math
@@ -111,14 +110,12 @@ class Detector(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.heads = nn.ModuleList()  # of class, center and size; shared by all layers
         for out_dim in (len(c.class_names) + 1, 3, 3):
-            hidden1 = dense(D, D, c.head_dropout)
-            hidden2 = dense(D, D, c.head_dropout)
-            self.heads.append(nn.Sequential(hidden1, hidden2, nn.Linear(D, out_dim)))
+            hidden = nn.Sequential(dense(D, D, c.head_dropout), dense(D, D, c.head_dropout))
+            self.heads.append(hidden.append(nn.Linear(D, out_dim)))
 
     def forward(self, xyz):
-        """Rooms (B, N, 3) -> logits (L, B, Q, C + 1), the last of which is "no object"; center
-        (L, B, Q, 3), within 0.5 m of its query on each axis; size (L, B, Q, 3); extent (B, 3) of
-        the rooms."""
+        """Rooms (B, N, 3) -> logits (L, B, Q, C + 1), "no object" last; center (L, B, Q, 3), within
+        0.5 m of its query on each axis; size (L, B, Q, 3); extent (B, 3) of the rooms."""
         Q = self.config.num_queries
         neighborhood, center = self.encoder.group(xyz)
         low = xyz.amin(dim=1)
@@ -163,8 +160,8 @@ def sample_points(xyz: np.ndarray, num_points: int, rng: np.random.Generator) ->
 
 @torch.no_grad()
 def find_boxes(model: Detector, scenes: list) -> list:
-    """The detections of each scene, as select_detections gives them, on the CPU. Points of the i-th
-    are sampled with the seed i: a second call finds the same. Leaves the model in eval mode."""
+    """select_detections of each scene, on the CPU. Points of the i-th are sampled with the seed i:
+    a second call finds the same. Leaves the model in eval mode."""
     model.eval()
     detections = []
     for i, scene in enumerate(scenes):
@@ -179,9 +176,9 @@ def find_boxes(model: Detector, scenes: list) -> list:
 def select_detections(center: Tensor, size: Tensor, logits: Tensor, xyz: Tensor) -> tuple:
     """Detections of a room, by falling objectness: from center and size (Q, 3), logits (Q, C + 1)
     and the points (N, 3) the boxes (n, 6) and scores (n, C), class probability x objectness.
-    Left out are boxes of fewer than 5 points (if all are, the likeliest object stays), of an
-    objectness of at most 0.05, and of an IoU above 0.25 with a likelier one of their class. This is
-    the evaluation of VoteNet and 3DETR."""
+    As VoteNet and 3DETR evaluate, boxes are left out of fewer than 5 points (if all are, the
+    likeliest stays), of an objectness up to 0.05, of an IoU above 0.25 with a likelier one of their
+    class (non-maximum suppression)."""
     probability = logits.softmax(dim=-1)
     objectness = 1 - probability[:, -1]
     label = probability[:, :-1].argmax(dim=-1)
@@ -194,19 +191,15 @@ def select_detections(center: Tensor, size: Tensor, logits: Tensor, xyz: Tensor)
     kept &= objectness > MIN_OBJECTNESS
     order = objectness.argsort(descending=True, stable=True)
     order = order[kept[order]]
-    order = order[best_of_rivals(boxes[order], label[order])]
+    same_class = label[order, None] == label[order]
+    rivals = (same_class & (box_iou(boxes[order], boxes[order]) > MAX_OVERLAP)).cpu()  # (n, n)
+    best = torch.ones(len(order), dtype=torch.bool)
+    for i in range(len(order)):
+        if best[i]:
+            best[i + 1 :] &= ~rivals[i, i + 1 :]
+    order = order[best.to(order.device)]
     scores = probability[:, :-1] * objectness[:, None]
     return boxes[order], scores[order]
-
-
-def best_of_rivals(boxes: Tensor, label: Tensor) -> Tensor:
-    """Non-maximum suppression in each class: the mask (n,) of boxes (n, 6), the best first."""
-    rivals = ((label[:, None] == label) & (box_iou(boxes, boxes) > MAX_OVERLAP)).cpu()  # (n, n)
-    kept = torch.ones(len(boxes), dtype=torch.bool)
-    for i in range(len(boxes)):
-        if kept[i]:
-            kept[i + 1 :] &= ~rivals[i, i + 1 :]
-    return kept.to(boxes.device)
 
 
 def outline(xyz: np.ndarray, boxes: np.ndarray, colors: np.ndarray) -> tuple:

@@ -1,7 +1,6 @@
 """One file to points, and points to a .ply.
 
-    xyz = files.read_cloud("scan.ply")      # (1024, 3) float32 in the unit sphere
-    xyz = files.read_points("chair.obj")    # (8192, 3) float64, sampled on the surface
+    xyz = files.read_cloud("scan.ply")  # (1024, 3) float32 in the unit sphere
 
 Nothing in a file is executed. What is wrong is a UserError of one line that begins with its name.
 """
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import BinaryIO, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 
 import act
 from util import clouds
@@ -27,11 +27,10 @@ THREE = rf"{NUMBER}[ \t,;]+{NUMBER}[ \t,;]+{NUMBER}"
 POINT = re.compile(rf"(?i)\s*{NUMBER}[\s,;]+{NUMBER}")  # the start of a line of numbers
 # A # or // and what follows, but not the // in the corner 1//2 of an .obj: no blank is before it.
 COMMENT = re.compile(r"(#|(?<!\S)//).*")
-# Names of x, y and z without signs and units; pandas numbers columns, ParaView says "Points:0".
-AXES = (r"(?:pos|position|coord)?([xyz])(?:coord|pos|m|mm)?", r"(?:points?)?([012])")
-PCD = "open3d.io.write_point_cloud('a.ply', open3d.io.read_point_cloud('a.pcd'))"
-LAS = "numpy.save('a.npy', laspy.read('a.las').xyz)"
-CONVERSIONS = {".pcd": PCD, ".las": LAS, ".laz": LAS}  # of what is not read
+# The same, but for a comment that names columns: "# id x y z".
+REMARK = re.compile(r"(?i)(#|(?<!\S)//)(?!.*\b[xyz]\W+[xyz]\W+[xyz]\b).*")
+CONVERSIONS = dict.fromkeys((".las", ".laz"), "numpy.save('a.npy', laspy.read('a.las').xyz)")
+CONVERSIONS[".pcd"] = "open3d.io.write_point_cloud('a.ply', open3d.io.read_point_cloud('a.pcd'))"
 AnyPath = str | os.PathLike
 
 
@@ -63,10 +62,9 @@ def parsing() -> Iterator[None]:
     try:
         yield
     except OSError:
-        raise  # The file cannot be opened, which `reading` tells.
+        raise  # `reading` tells that the file cannot be opened.
     except Exception as error:
-        got = f"{type(error).__name__} {error}"
-        raise act.UserError(f"expected readable data, got {got}") from error
+        raise act.UserError(f"expected data, got {type(error).__name__} {error}") from error
 
 
 @contextmanager
@@ -97,31 +95,21 @@ def list_files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 # -- Arrays and texts -----------------------------------------------------------------------------
 def read_numpy(path: Path) -> np.ndarray:
-    """The array of a .npy, mapped, or of a .npz: its only one, or points, xyz, data or pos. What is
-    named x, y and z, fields of an array or arrays of a .npz, becomes columns."""
-    with open(path, "rb") as file:
-        if b"'|O'" in file.read(128):
-            raise act.UserError("expected an array of numbers, got one of Python objects")
+    """The array of a .npy, mapped, or of a .npz: its only one, or points, xyz, data or pos. Fields
+    of an array, or arrays of a .npz, become columns if three are named x, y and z."""
     with parsing():
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return stack_fields(loaded, loaded.dtype.names)
-    with loaded as arrays:
-        size = sum(member.file_size for member in arrays.zip.infolist())
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(table, Mapping):
+        size = sum(member.file_size for member in table.zip.infolist())
         if size > max(2**26, 100 * path.stat().st_size):  # It would fill the memory.
             raise act.UserError(f"expected less packed data, got {size} bytes")
-        names = list(arrays)
-        if len(names) != 1:
-            names = [name for name in ("points", "xyz", "data", "pos") if name in arrays]
-        if not names:
-            return stack_fields(arrays, list(arrays))
-        with parsing():
-            array = arrays[names[0]]
-        return stack_fields(array, array.dtype.names)
-
-
-def stack_fields(table: np.ndarray | Mapping, names: Sequence[str] | None) -> np.ndarray:
-    """table[name] of each name as columns, x, y and z first; without names, table itself."""
+        names = list(table)
+        if len(names) > 1:
+            names = [name for name in ("points", "xyz", "data", "pos") if name in table]
+        if names:
+            with parsing():
+                table = table[names[0]]
+    names = list(table) if isinstance(table, Mapping) else table.dtype.names
     if names is None:
         return table
     order = column_order(names)
@@ -129,34 +117,28 @@ def stack_fields(table: np.ndarray | Mapping, names: Sequence[str] | None) -> np
         raise act.UserError(f"expected points, or x, y and z, got {', '.join(names)[:60]}")
     with parsing():
         fields = [table[names[i]].ravel() for i in order]
-        numbers = [field for field in fields if field.dtype.kind in "fiub"]
-        return np.stack([x for x in numbers if len(x) == len(fields[0])], axis=1)
+        size = fields[0].size
+        return np.stack([x for x in fields if x.size == size and x.dtype.kind in "fiub"], axis=1)
 
 
 def column_order(names: Sequence[str]) -> list[int]:
-    """The places of x, y and z among names of columns, then all others; [] if one is missing."""
-    plain = [re.sub(r"[\[(].*|[\W_]", "", name.lower()) for name in names]  # "X [m]" -> "x"
-    for pattern in AXES:
-        places = {}
-        for i, name in enumerate(plain):
-            axis = re.fullmatch(pattern, name)
-            if axis:
-                places.setdefault(axis[1], i)
-        if len(places) == 3:
-            order = [places[axis] for axis in sorted(places)]
-            return order + [i for i in range(len(names)) if i not in order]
-    return []
+    """The places of x, y and z among names like "X [m]", then all others; [] if one is missing."""
+    plain = [re.sub(r"[\[(].*|[\W_]|position|pos|coord", "", name.lower()) for name in names]
+    if not {"x", "y", "z"} <= set(plain):
+        return []
+    order = [plain.index(axis) for axis in "xyz"]
+    return order + [i for i in range(len(names)) if i not in order]
 
 
-def number_lines(path: AnyPath, start: int = 0) -> dict[int, str]:
-    """Number, from 1, -> line: those after `start` that are not blank, without comments."""
-    lines = Path(path).read_text("utf-8-sig", errors="replace").split("\n")
+def number_lines(path: AnyPath, comment: re.Pattern = COMMENT) -> dict[int, str]:
+    """Number, from 1, -> line: those that are not blank, without comments."""
     rows = {}
-    for number, line in enumerate(lines[start:], start + 1):
-        if "#" in line or "//" in line:
-            line = COMMENT.sub("", line)
-        if line.strip():
-            rows[number] = line
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if "#" in line or "//" in line:
+                line = comment.sub("", line).lstrip("#/ ")
+            if line.strip():
+                rows[number] = line
     return rows
 
 
@@ -171,10 +153,6 @@ def holds_points(path: AnyPath) -> bool:
         return bool(re.search(rf"(?im)^[ \t]*{THREE}", file.read(2**16)))
 
 
-def wrong_line(rows: dict[int, str], number: int, expected: str) -> act.UserError:
-    return act.UserError(f"expected {expected}, got {rows[number].strip()[:60]!r} in line {number}")
-
-
 def parse_numbers(rows: dict[int, str], columns: Sequence[int], mark: str | None = None):
     """The columns of numbered lines, (n, columns) float64; UserError quotes a line that fails."""
     if not rows:
@@ -186,40 +164,34 @@ def parse_numbers(rows: dict[int, str], columns: Sequence[int], mark: str | None
             try:
                 np.array(line.split(mark), object)[list(columns)].astype(float)
             except (ValueError, IndexError):
-                raise wrong_line(rows, number, "three numbers like 1.5") from error
+                got = f"{line.strip()[:60]!r} in line {number}"
+                raise act.UserError(f"expected three numbers like 1.5, got {got}") from error
         raise act.UserError(f"expected numbers, got {error}") from error
 
 
 def read_text(path: Path, labelled: bool = False) -> np.ndarray:
     """x, y and z of a text, and the last column if `labelled`. Blanks, commas or semicolons stand
     between numbers; lines before them may name the columns, or tell the number of points."""
+    rows = number_lines(path, REMARK)
     order = []
     count = None
-    start = 0
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for line in file:
-            bare = COMMENT.sub("", line).strip()
-            is_numbering = bare == ",".join(map(str, range(bare.count(",") + 1)))  # by pandas
-            # Once the columns are named, words may stand before the numbers: "chair 1 2 3".
-            is_point = POINT.match(bare) or (order and re.search(THREE, bare, re.I))
-            if is_point and not (is_numbering and path.suffix.lower() == ".csv"):
-                break
-            start += 1
-            head = re.sub(r"^[\s#/]+", "", line)
-            mark = next((mark for mark in ";,\t" if mark in head), None)
-            named = column_order(head.split(mark))
-            # Prose in a comment may mention x, y and z, but not side by side.
-            if named and (bare or np.ptp(named[:3]) == 2) and not POINT.match(head):
-                order = named
-            if bare.isdecimal():
-                count = bare
-    rows = number_lines(path, start)
+    for number, line in list(rows.items()):
+        if re.match('(,?0,1,2(,3|\n))|.*points:0"?,', line.lower()):  # by pandas, ParaView
+            raise act.UserError("expected columns named x, y and z, got numbered ones")
+        # Once the columns are named, words may stand before the numbers: "chair 1 2 3".
+        if POINT.match(line) or (order and re.search(THREE, line, re.I)):
+            break
+        names = re.split(r"[;,\t]", line)
+        if len(names) < 3:
+            names = line.split()
+        order = column_order(names) or order
+        if line.strip().isdecimal():
+            count = line.strip()
+        del rows[number]
     if count and count != str(len(rows)):
         raise act.UserError(f"expected {count[:20]} points, got {len(rows)}")
-    first = next(iter(rows.values()), "").rstrip(" \t,;")
+    first = next(iter(rows.values()), "").rstrip(" \t\n,;")
     mark = next((mark for mark in ";," if mark in first), None)
-    if mark == ";":  # A comma is then a decimal point.
-        rows = {number: line.replace(",", ".") for number, line in rows.items()}
     width = len(first.split(mark))
     if len(order) > width and order[:3] != [0, 1, 2]:
         raise act.UserError(f"expected names of {width} columns, got {len(order)} names")
@@ -240,14 +212,14 @@ def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
     for size in sorted(by_size.keys() - {0, 1, 2}):
         corners = np.array(by_size[size])  # (m, size)
         if corners.dtype.kind not in "iu" or corners.min() < 0 or corners.max() >= len(vertices):
-            got = f"got {corners.min()} to {corners.max()}"
-            raise act.UserError(f"expected faces of vertices 0 to {len(vertices) - 1}, {got}")
+            got = f"{corners.min()} to {corners.max()}"
+            raise act.UserError(f"expected corners 0 to {len(vertices) - 1}, got {got}")
         polygons = vertices[corners]  # (m, size, 3)
         first = np.broadcast_to(polygons[:, :1], (len(polygons), size - 2, 3))
         fans = np.stack([first, polygons[:, 1:-1], polygons[:, 2:]], axis=2)  # (m, size - 2, 3, 3)
         normals = np.cross(fans[:, :, 1] - first, fans[:, :, 2] - first)  # (m, size - 2, 3)
-        total = normals.sum(axis=1)  # (m, 3), normal to the polygon
-        upright = np.einsum("mtk,mk->mt", normals, total) > -1e-9 * (total**2).sum(axis=1)[:, None]
+        total = normals.sum(axis=1, keepdims=True)  # (m, 1, 3), normal to the polygon
+        upright = (normals * total).sum(axis=2) > -1e-9 * (total**2).sum(axis=2)
         is_covered = (upright | (normals == 0).all(axis=2)).all(axis=1)  # (m,), none turned over
         triangles.append(fans[is_covered].reshape(-1, 3, 3))
         for i in np.flatnonzero(~is_covered):
@@ -266,7 +238,7 @@ def cut_polygon(polygon: np.ndarray, axis: int) -> np.ndarray:
         crosses = (polygon[:, up] <= low) != (ends[:, up] <= low)  # the edges across the slab
         start = polygon[crosses]
         step = ends[crosses] - start
-        height = np.reshape([low, high], (2, 1, 1))
+        height = np.array([[[low]], [[high]]])
         cuts = start + (height - start[:, [up]]) / step[:, [up]] * step  # (2, edges, 3)
         bottom, top = cuts[:, np.argsort(cuts[:, :, across].sum(axis=0))]
         gaps = np.diff([bottom[:, across], top[:, across]], axis=1)
@@ -323,39 +295,31 @@ def read_ply(path: Path) -> tuple:
 
 # By hand: trimesh 5 reads concave polygons, vertices from -1 and cut files wrong without a word.
 def read_off(path: Path) -> tuple:
-    rows = number_lines(path)
-    lines = iter(rows.items())
-    counts = []
-    try:
-        while not counts:  # OFF stands in a line of its own, or before the counts.
-            number, line = next(lines)
-            counts = re.sub(r"^\s*((ST)?C?N?OFF|(st)?c?n?off)", "", line).split()[:3]
-        num_vertices, num_faces, num_edges = map(int, (counts + ["0"])[:3])
-    except (StopIteration, ValueError) as error:
-        expected = "OFF, then the numbers of vertices and faces"
-        raise act.UserError(f"expected {expected}, got {list(rows.values())[:2]}") from error
-    rest = list(lines)
+    rows = list(number_lines(path).items())
+    head = "".join(line for _, line in rows[:2])  # OFF stands before the counts, or above them.
+    match = re.match(r"(?i)\s*(?:(?:st)?c?n?off)?\s*(\d{1,9})[ \t]+(\d{1,9})[ \t]*(\d{0,9})", head)
+    if match is None:
+        raise act.UserError(f"expected OFF and the counts of vertices and faces, got {head[:40]!r}")
+    num_vertices, num_faces, num_edges = [int(count or 0) for count in match.groups()]
+    rest = rows[1 + match[0].count("\n") :]
     if len(rest) - num_vertices - num_faces not in (0, num_edges):  # Some have a line an edge.
-        expected = f"{num_vertices} + {num_faces} lines after line {number}"
-        raise act.UserError(f"expected {expected}, got {len(rest)}")
+        raise act.UserError(f"expected {num_vertices} + {num_faces} lines, got {len(rest)}")
     faces = []
-    for number, line in rest[num_vertices:][:num_faces]:
+    for _, line in rest[num_vertices:][:num_faces]:
         words = line.split()
         try:
-            size = int(words[0])
-            faces.append([int(words[i]) for i in range(1, size + 1)])  # not its colour
+            faces.append([int(words[i]) for i in range(1, int(words[0]) + 1)])  # not its colour
         except (ValueError, IndexError) as error:
-            raise wrong_line(rows, number, "the corners of a face after their number") from error
+            raise act.UserError(f"expected a face like 3 0 1 2, got {line[:60]!r}") from error
     return parse_numbers(dict(rest[:num_vertices]), (0, 1, 2)), faces
 
 
 def read_obj(path: Path) -> tuple:
     """An .obj. A corner is vertex/texture/normal; vertices count from 1, or back from -1."""
-    rows = number_lines(path)
     vertices = {}
     faces = []
     begun = ""
-    for number, line in rows.items():
+    for number, line in number_lines(path).items():
         line = begun + line.rstrip()
         begun = ""
         words = line.split()
@@ -367,7 +331,7 @@ def read_obj(path: Path) -> tuple:
             try:
                 corners = [int(word.split("/")[0]) for word in words[1:]]
             except ValueError as error:
-                raise wrong_line(rows, number, "whole numbers") from error
+                raise act.UserError(f"expected whole numbers, got {line[:60]!r}") from error
             faces.append([len(vertices) + i if i < 0 else i - 1 for i in corners])
     return parse_numbers(vertices, (1, 2, 3)), faces
 
@@ -387,8 +351,7 @@ READERS |= {".obj": read_obj, ".stl": read_scene, ".glb": read_scene}
 
 
 def check_points(array: np.ndarray, drop_invalid: bool = False) -> np.ndarray:
-    """The first three columns of an array, (n, 3) float64; UserError unless they are finite, or
-    without the rows that are not."""
+    """The first three columns of an array, (n, 3) float64, all finite, or without other rows."""
     array = np.asarray(array)
     # At most as many columns as rows, beyond three: an array (3, n) is turned, not a cloud.
     fits = array.ndim == 2 and 3 <= array.shape[1] <= max(3, min(64, len(array)))
@@ -396,34 +359,27 @@ def check_points(array: np.ndarray, drop_invalid: bool = False) -> np.ndarray:
         raise act.UserError(f"expected numbers (n, 3), got {array.dtype} of shape {array.shape}")
     points = np.array(array[:, :3], np.float64)
     finite = np.isfinite(points).all(axis=1)
-    if drop_invalid:
-        return points[finite]
-    if not finite.all():
-        got = f"{(~finite).sum()} of {len(points)} not finite"
-        raise act.UserError(f"expected finite points, got {got}")
-    return points
+    wrong = len(points) - finite.sum()
+    if wrong > 0 and not drop_invalid:
+        raise act.UserError(f"expected finite points, got {wrong} of {len(points)} not finite")
+    return points[finite]
 
 
 def read_points(path: AnyPath, drop_invalid: bool = False) -> np.ndarray:
-    """The points of a file, (n, 3) float64 as stored; of a mesh MESH_POINTS of its surface.
-    `drop_invalid` leaves out those of a cloud that are not finite."""
+    """The points of a file, (n, 3) float64 as stored, without invalid ones if they are to be
+    dropped; of a mesh MESH_POINTS of its surface."""
     suffix = Path(path).suffix.lower()
     with reading(path):
         if suffix not in READERS:
-            got = suffix or "no suffix"
-            if suffix in CONVERSIONS:
-                got = f"{suffix}, which this converts: {CONVERSIONS[suffix]}"
-            raise act.UserError(f"expected {' '.join(READERS)}, got {got}")
-        if Path(path).stat().st_size == 0:
-            raise act.UserError("expected points, got an empty file")
+            way = CONVERSIONS.get(suffix, "not known")
+            raise act.UserError(f"expected {' '.join(READERS)}, got {suffix!r}: {way}")
         content = READERS[suffix](Path(path))
-        if isinstance(content, np.ndarray):
-            points = check_points(content, drop_invalid)
-        else:
-            vertices, faces = content
-            points = check_points(vertices, drop_invalid and not faces)
-            if faces:
-                points = sample_mesh(points, faces)
+        faces = []
+        if isinstance(content, tuple):
+            content, faces = content
+        points = check_points(content, drop_invalid and not faces)
+        if faces:
+            points = sample_mesh(points, faces)
         clouds.normalize(points)  # raises if all are equal
     return points
 
@@ -440,7 +396,7 @@ def read_cloud(
             return xyz
         chosen = np.arange(points) % len(xyz)
         if len(xyz) > points:
-            chosen = clouds.farthest_points(xyz, points)
+            chosen = act.farthest_point_sample(torch.from_numpy(xyz)[None], points)[0].numpy()
         return prepare(xyz[chosen])
 
 
@@ -448,39 +404,30 @@ def read_labelled(path: AnyPath, first: int = 0, last: int = 256) -> tuple[np.nd
     """Rows x y z ... label of a .npy or text -> xyz (n, 3) float64, labels first to last - 1."""
     path = Path(path)
     with reading(path):
-        if path.suffix.lower() == ".npy":
-            rows = read_numpy(path)
-        else:
-            rows = read_text(path, labelled=True)
+        is_array = path.suffix.lower() == ".npy"
+        rows = read_numpy(path) if is_array else read_text(path, labelled=True)
         xyz = check_points(rows)
-        expected = f"a last column of labels {first} to {last - 1}"
-        if rows.shape[1] == 3:
-            raise act.UserError(f"expected {expected}, got coordinates alone")
-        labels = np.asarray(rows[:, -1])
-        fits = np.isin(labels, np.arange(first, last))
-        if not fits.all():
-            raise act.UserError(f"expected {expected}, got {labels[~fits][:3]}")
+        labels = np.asarray(rows[:, 3:])[:, -1:].ravel()  # none if there are coordinates alone
+        wrong = labels[~np.isin(labels, np.arange(first, last))]
+        if len(wrong) > 0 or len(labels) == 0:
+            expected = f"a last column of labels {first} to {last - 1}"
+            raise act.UserError(f"expected {expected}, got {wrong[:3]}")
         return xyz, labels.astype(np.uint8)
 
 
-def write_ply(
-    path: AnyPath, xyz: np.ndarray, colors: np.ndarray | None = None, edges: np.ndarray | tuple = ()
-) -> None:
-    """xyz (N, 3), colors (N, 3) uint8, edges (E, 2) vertex indices -> a binary .ply, in double
-    where float would move a point by more than 1e-5 of the cloud's extent, or 0.001."""
-    code = "<f4"
+def write_ply(path: AnyPath, xyz: np.ndarray, colors: np.ndarray | None = None) -> None:
+    """xyz (N, 3), colors (N, 3) uint8 -> a binary .ply, in double where float would move a point by
+    more than 1e-5 of the cloud's extent, or 0.001."""
     kind = "float"
     if len(xyz) > 0:
         moved = np.abs(np.float32(xyz) - xyz).max()
         if moved > 1e-3 or 0 < 1e-5 * np.ptp(xyz, axis=0).max() < moved:
-            code = "<f8"
             kind = "double"
-    rows = np.ascontiguousarray(xyz, code).view(np.uint8)  # (N, 12 or 24)
+    rows = np.ascontiguousarray(xyz, {"float": "<f4", "double": "<f8"}[kind]).view(np.uint8)
     head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}\n"
     head += f"property {kind} x\nproperty {kind} y\nproperty {kind} z\n"
     if colors is not None:
         head += "property uchar red\nproperty uchar green\nproperty uchar blue\n"
         rows = np.hstack([rows, np.asarray(colors, np.uint8)])
-    head += f"element edge {len(edges)}\nproperty int vertex1\nproperty int vertex2\nend_header\n"
     with complete_file(path) as file:
-        file.write(head.encode() + rows.tobytes() + np.asarray(edges, "<i4").tobytes())
+        file.write(f"{head}end_header\n".encode() + rows.tobytes())

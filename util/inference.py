@@ -1,7 +1,6 @@
 """A trained model on whole clouds: a feature of each cloud, a label for each of its points."""
 
 import csv
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,8 +26,8 @@ def cloud_feature(model: nn.Module, xyz: torch.Tensor) -> torch.Tensor:
 
 # -- a label for each point ------------------------------------------------------------------------
 def block_centers(low: float, high: float, values: np.ndarray) -> np.ndarray:
-    """Centres of blocks along an axis from low to high, the last of which ends at high: those near
-    a value, for a room in millimetres has millions of others."""
+    """Centres of blocks along an axis, the last of which ends at high.
+    Those near a value alone, for a room in millimetres has millions."""
     last = max(low, high - BLOCK)  # where the last block begins
     count = int(np.ceil((last - low) / STRIDE)) + 1
     centers = np.minimum(low + STRIDE * np.arange(count), last) + BLOCK / 2
@@ -38,11 +37,10 @@ def block_centers(low: float, high: float, values: np.ndarray) -> np.ndarray:
 
 
 def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The blocks of 1 m x 1 m, 0.5 m apart, that cover a room (as S3DIS is tested). For each that
-    holds points of xyz (n, 3), in metres, z up: their indices (m,), and its origin (3,), which is
-    the middle in x and y, and 0, since heights stay as they are."""
-    low = xyz[:, :2].min(axis=0).astype(np.float64)
-    high = xyz[:, :2].max(axis=0).astype(np.float64)
+    """The regions of 1 m x 1 m, 0.5 m apart, that cover a room xyz (n, 3), in metres, z up.
+    S3DIS is tested so. Their origin is the middle in x and y, and 0 in z: heights stay."""
+    low = xyz.min(axis=0).astype(np.float64)
+    high = xyz.max(axis=0).astype(np.float64)
     reach = BLOCK / 2 + MARGIN
     for x in block_centers(low[0], high[0], xyz[:, 0]):
         column = np.flatnonzero(abs(xyz[:, 0] - x) <= reach)
@@ -52,10 +50,9 @@ def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 yield inside, np.array([x, y, 0])
 
 
-def point_sets(regions: list, num_points: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random sets, the same for the same regions, that hold every point of each region (indices,
-    origin); its last set is filled up with points of the others. Yields the indices (num_points,)
-    and the origin (3,) of each set."""
+def point_sets(regions: Iterable, num_points: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random sets, always the same ones, that hold every point of each region.
+    Regions and sets are pairs: indices (m,) or (num_points,), origin (3,)."""
     rng = np.random.default_rng(0)
     for inside, origin in regions:
         count = -(-len(inside) // num_points)  # rounded up
@@ -65,23 +62,19 @@ def point_sets(regions: list, num_points: int) -> Iterator[tuple[np.ndarray, np.
 
 @torch.no_grad()
 def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None) -> np.ndarray:
-    """The label of each point of an object, or of a room (for a model of clouds as stored), the
-    likeliest by the sum of its probabilities in all sets of config.points points that hold it,
-    among the parts of the category if one is given. The model, a Segmenter, is left in eval mode.
-    xyz (n, 3) -> (n,) int64, the same for the same points."""
+    """xyz (n, 3) of an object, or of a room if the Segmenter takes clouds as stored -> labels
+    (n,) int64, always the same: the likeliest, among the parts of a category if given, by the
+    sum of a point's probabilities in all sets that hold it. Leaves the model in eval mode."""
     c = model.config
     device = next(model.parameters()).device
     model.eval()
     regions = [(np.arange(len(xyz)), np.zeros(3))]
     if not c.normalized:
-        regions = list(room_blocks(xyz))
-    num_sets = sum(-(-len(inside) // c.points) for inside, _ in regions)
-    sets = point_sets(regions, c.points)
+        regions = room_blocks(xyz)
+    sets = list(point_sets(regions, c.points))
     votes = torch.zeros(len(xyz), c.num_parts, dtype=torch.float64)
-    for _ in run.progress(
-        range(0, num_sets, BATCH_SIZE), f"sets of points, in batches of {BATCH_SIZE}"
-    ):
-        indices, origins = map(np.stack, zip(*itertools.islice(sets, BATCH_SIZE), strict=True))
+    for i in run.progress(range(0, len(sets), BATCH_SIZE), f"batches of {BATCH_SIZE} sets"):
+        indices, origins = map(np.stack, zip(*sets[i : i + BATCH_SIZE], strict=True))
         points = torch.from_numpy(xyz[indices] - origins[:, None])  # (B, N, 3)
         if c.normalized:
             points = clouds.unit_sphere(points)
@@ -91,9 +84,7 @@ def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None)
         logits = model(points.float().to(device), categories)  # (B, N, labels)
         probability = logits.flatten(0, 1).double().softmax(dim=1)
         votes.index_add_(0, torch.from_numpy(indices.ravel()), probability.cpu())
-    if category is None:
-        return votes.argmax(dim=1).numpy()
-    first, end = c.part_ranges[category]
+    first, end = (0, c.num_parts) if category is None else c.part_ranges[category]
     return votes[:, first:end].argmax(dim=1).numpy() + first
 
 
@@ -116,8 +107,7 @@ def label_names(config: act.SegmenterConfig) -> list[str]:
 
 
 def write_legend(path: str | Path, config: act.SegmenterConfig) -> tuple[list[str], np.ndarray]:
-    """Writes a .csv, colour and name, of a Segmenter's labels; returns the names and the colours
-    (labels, 3) uint8, both by label."""
+    """A .csv of a Segmenter's labels -> their names, and colours (labels, 3) uint8."""
     names = label_names(config)
     colors = np.uint8(255 * pictures.palette(config.num_parts))
     rows = [("colour", "name")]

@@ -4,16 +4,12 @@ Shapes: N and M boxes, n detections, K true boxes, C classes, D features. A box 
 and its size (3), with faces along the axes.
 """
 
-import html
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-# -- labels ----------------------------------------------------------------------------------------
 def confusion(truth, predicted, num_classes: int) -> Tensor:
     """Counts (C, C) int64 of two lists of labels, a row for each true class."""
     truth = torch.as_tensor(truth).long().cpu()
@@ -23,7 +19,7 @@ def confusion(truth, predicted, num_classes: int) -> Tensor:
 
 
 def accuracy(matrix: Tensor) -> dict:
-    """From counts (C, C): accuracy and its mean over the classes that occur, in percent."""
+    """From counts (C, C): accuracy and its mean over classes that occur, in percent."""
     hits = matrix.diag().double()
     count = matrix.sum(dim=1)  # 0 / 0 = NaN is left out
     return {
@@ -40,8 +36,8 @@ def iou(matrix: Tensor) -> Tensor:
 
 
 def print_table(matrix: Tensor, names: list) -> None:
-    """Prints, by counts (C, C), each class's number, accuracy and IoU ("-" if it does not occur),
-    and the five classes that it is most often taken for."""
+    """Prints each class's number, accuracy and IoU ("-" if it does not occur), and the five
+    classes that it is most often taken for."""
     width = max(len(name) for name in names) + 2
     count = matrix.sum(dim=1)
     recalls = 100 * matrix.diag() / count
@@ -54,27 +50,7 @@ def print_table(matrix: Tensor, names: list) -> None:
                 others.append(f"{names[j]} {matrix[i, j]}")
         figures = f"{recalls[i]:10.1f}{overlaps[i]:8.1f}".replace("nan", "  -")
         print(f"{name:{width}}{count[i]:10d}{figures}  {', '.join(others[:5])}")
-    print(f"mean_accuracy is over {(count > 0).sum()} of {len(names)} classes: those that occur")
-
-
-def write_confusion(path: str | Path, matrix: Tensor, names: list) -> None:
-    """Counts (C, C) as an .svg, a row for each true class, bluer for larger shares of it."""
-    low = -8 * max(len(name) for name in names) - 20  # the names stand left and above
-    side = 30 * len(names) - low
-    box = f"viewBox='{low} {low} {side} {side}'"
-    svg = [f"<svg xmlns='http://www.w3.org/2000/svg' {box} font-size='12'>"]
-    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
-    for i, name in enumerate(map(html.escape, names)):
-        y = 30 * i
-        svg.append(f"<text x='-5' y='{y + 20}' text-anchor='end'>{name}</text>")
-        svg.append(f"<text x='5' y='{y + 20}' transform='rotate(-90)'>{name}</text>")
-        for j in matrix[i].nonzero()[:, 0].tolist():
-            x = 30 * j
-            fill = f"fill='#8fb3e8' fill-opacity='{shares[i, j]:.2f}'"
-            svg.append(f"<rect x='{x}' y='{y}' width='30' height='30' {fill}/>")
-            svg.append(f"<text x='{x + 5}' y='{y + 20}'>{matrix[i, j]}</text>")
-    svg.append("</svg>\n")
-    Path(path).write_text("\n".join(svg), encoding="utf-8")
+    print(f"mean_accuracy is over the {(count > 0).sum()} classes that occur")
 
 
 # -- boxes -----------------------------------------------------------------------------------------
@@ -92,7 +68,7 @@ def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _volumes(a, b):
-    """Volumes (..., N, M) of each pair's intersection, union and hull, the latter two >= 1e-9."""
+    """Volumes (..., N, M) of each pair's intersection, union and hull, the last two >= 1e-9."""
     a = a.unsqueeze(-2)  # (..., N, 1, 6)
     b = b.unsqueeze(-3)  # (..., 1, M, 6)
     a_low = a[..., :3] - a[..., 3:] / 2
@@ -110,18 +86,25 @@ def _volumes(a, b):
 def average_precision(detections: list, truths: list, num_classes: int, threshold: float) -> tuple:
     """Average precision (the area under the envelope of precision over recall) and recall of each
     class: two tensors (C,) float64 from 0 to 1, NaN for a class without true boxes.
-
     detections: of each room the boxes (n, 6) and scores (n, C)
     truths: of each room the true boxes (K, 6) and labels (K,)
-
-    In order of score, a detection takes the box of its class of highest IoU. It is right if that
-    IoU is above the threshold and the box was not taken before."""
+    By score, a detection takes the box of its class of highest IoU. It is right if that exceeds
+    the threshold and the box was not taken."""
     ap = torch.zeros(num_classes, dtype=torch.float64)
     recall = torch.zeros(num_classes, dtype=torch.float64)
     for c in range(num_classes):
-        score, taken, count = _match(detections, truths, c, threshold)
-        order = score.argsort(descending=True, stable=True)
-        box, first = np.unique(taken[order].numpy(), return_index=True)
+        scores = []
+        taken = []  # the true box that a detection takes, -1: none
+        count = 0
+        for (boxes, score), (true_boxes, labels) in zip(detections, truths, strict=True):
+            true_boxes = true_boxes[labels == c]
+            overlaps = F.pad(box_iou(boxes, true_boxes), (0, 1), value=-1)  # or no box
+            best, box = overlaps.max(dim=1)
+            scores.append(score[:, c])
+            taken.append(torch.where(best > threshold, count + box, -1))
+            count += len(true_boxes)
+        order = torch.cat(scores).argsort(descending=True, stable=True)
+        box, first = np.unique(torch.cat(taken)[order].numpy(), return_index=True)
         right = torch.zeros(len(order), dtype=torch.float64)
         right[first[box >= 0]] = 1  # the first that takes a box
         precision = right.cumsum(dim=0) / torch.arange(1, len(right) + 1)
@@ -129,22 +112,6 @@ def average_precision(detections: list, truths: list, num_classes: int, threshol
         ap[c] = (envelope * right).sum() / count
         recall[c] = right.sum() / count  # 0 / 0 = NaN
     return ap, recall
-
-
-def _match(detections, truths, c, threshold):
-    """Of class c: the detections' scores, the true boxes they take (-1: none), number of boxes."""
-    scores = []
-    taken = []
-    count = 0
-    for (boxes, score), (true_boxes, labels) in zip(detections, truths, strict=True):
-        true_boxes = true_boxes[labels == c]
-        overlaps = box_iou(boxes, true_boxes)
-        overlaps = F.pad(overlaps, (0, 1), value=-1)  # for rooms without a box
-        best, box = overlaps.max(dim=1)
-        scores.append(score[:, c])
-        taken.append(torch.where(best > threshold, count + box, -1))
-        count += len(true_boxes)
-    return torch.cat(scores), torch.cat(taken), count
 
 
 # -- linear SVM ------------------------------------------------------------------------------------
@@ -160,18 +127,15 @@ def linear_svm(x: Tensor, labels: Tensor, C: float) -> Tensor:
         w.grad = w - 2 * C * x.T @ (y * slack)
         return w.square().sum() / 2 + C * slack.square().sum()
 
-    options = dict(max_iter=1000, history_size=20, line_search_fn="strong_wolfe")
-    options["tolerance_grad"] = 1e-6 * len(x)
-    options["tolerance_change"] = 1e-12
-    optimizer = torch.optim.LBFGS([w], **options)
-    optimizer.step(objective)
+    options = dict(max_iter=1000, tolerance_grad=1e-6 * len(x), tolerance_change=1e-12)
+    options |= dict(history_size=20, line_search_fn="strong_wolfe")
+    torch.optim.LBFGS([w], **options).step(objective)
     return w
 
 
 def svm_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> tuple:
-    """Percent of the test features (m, D) that a linear SVM on the train features (n, D) labels
-    right, and its C: that of 0.001, 0.01, 0.1 and 1 which is best on every fifth train feature, in
-    order of class, after training on the others. Train features standardise all."""
+    """Percent of test features (m, D) that a linear SVM on train features (n, D) labels right,
+    standardised by the latter, and its C, the best on every fifth of these by class."""
     mean = train.double().mean(dim=0)
     std = train.double().std(dim=0) + 1e-6
     order = train_labels.argsort(stable=True)
@@ -189,8 +153,8 @@ def svm_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 
 
 def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Percent of the test features (m, D) whose label most of the 5 train features (n, D) of
-    highest cosine have; of labels with as many, that of the higher sum of cosines counts."""
+    """Percent of test features (m, D) whose label most of the 5 train features (n, D) of highest
+    cosine have; of even votes, the higher sum of cosines wins."""
     cosine = F.normalize(test.double(), dim=1) @ F.normalize(train.double(), dim=1).T  # (m, n)
     value, nearest = cosine.topk(min(5, len(train)), dim=1)
     one_hot = F.one_hot(train_labels)[nearest].double()  # (m, 5, classes)

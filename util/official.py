@@ -12,10 +12,10 @@ import torch.nn as nn
 
 import act
 from util import weights
-from util.weights import Layout, below, tensor
+from util.weights import below, tensor
 
 # -- Official name -> our name --------------------------------------------------------------------
-# As in util/weights.py, which has the backbones': a row is a tensor, or a module with all of it.
+# As in util/weights.py: a row is a tensor, or a module with all of it.
 STUDENT = {
     "ACT_encoder": "encoder",
     "ACT_encoder.encoder": "encoder.patch_embed",
@@ -25,15 +25,9 @@ STUDENT = {
     "mask_token": "mask_token",
     "proj_head": "head",
 }
+POINT_MAE = {old.replace("ACT", "MAE"): new for old, new in STUDENT.items()}
+OTHER_HEADS = {"proj_head.0": "head", "increase_dim.0": "head"}
 STUDENT_DROPPED = ("dvae_tokenizer.", "ACT_encoder.lm_head.", "ACT_encoder.cls_head.")
-OTHER_STUDENTS = {  # another head of the official implementation, and Point-MAE
-    "proj_head.0": "head",
-    "MAE_encoder": "encoder",
-    "MAE_encoder.encoder": "encoder.patch_embed",
-    "MAE_encoder.blocks.blocks": "encoder.blocks",
-    "MAE_decoder": "decoder",
-    "increase_dim.0": "head",
-}
 
 ENCODER = {"encoder": "encoder.patch_embed", "blocks.blocks": "encoder.blocks"}
 for name in ("reduce_dim", "pos_embed", "cls_token", "cls_pos", "norm"):
@@ -46,38 +40,33 @@ SEGMENTER |= {"convs1": "head.0", "convs2": "head.4", "convs3": "head.7"}
 SEGMENTER |= {"bns1": "head.1", "bns2": "head.5"}
 
 SAME = ("encoder", "codebook", "dgcnn_{}", "proj_pre", "proj_post", "visual_pos_embed", "decoder")
-PROMPTS = ("visual_prompt_token", "visual_prompt_pos", "deep_prompt_tokens", "deep_prompt_pos")
-EDGE_CONV = {"0": "linear", "1": "norm"}
-TEACHER = {name: name for name in SAME + PROMPTS}
+SAME += ("visual_prompt_token", "visual_prompt_pos", "deep_prompt_tokens", "deep_prompt_pos")
+TEACHER = {name: name for name in SAME}
 for layer in ("dgcnn_{}.layer1", "dgcnn_{}.layer2", "dgcnn_{}.layer3", "dgcnn_{}.layer4"):
-    TEACHER |= below(layer, layer, EDGE_CONV)
+    TEACHER |= below(layer, layer, {"0": "linear", "1": "norm"})
 
-# What a teacher calls its trunk -> the name in the layout that the trunk was published in.
+# A teacher's name of its trunk -> the name in the layout of that trunk.
 VIT_TRUNK = {"visual_embed.0": "blocks", "visual_embed.1": "norm"}
-BERT_TRUNK = {"visual_embed.0.layer": "encoder.layer"}
 CLIP_TRUNK = {"visual_embed.0": "visual.ln_pre", "visual_embed.2": "visual.ln_post"}
 CLIP_TRUNK |= {"visual_embed.1": "visual.transformer.resblocks"}
 TRUNKS = (
-    Layout("visual_embed.0.0.norm1.weight", VIT_TRUNK),
-    Layout("visual_embed.1.0.ln_1.weight", CLIP_TRUNK),
-    Layout("visual_embed.0.layer.0.output.LayerNorm.weight", BERT_TRUNK),
+    ("visual_embed.0.0.norm1.weight", VIT_TRUNK),
+    ("visual_embed.1.0.ln_1.weight", CLIP_TRUNK),
+    ("visual_embed.0.layer.0.output.LayerNorm.weight", {"visual_embed.0.layer": "encoder.layer"}),
 )
 
 
-# -- Reading --------------------------------------------------------------------------------------
-# One function a kind: official tensors -> (state dict under our names, config read off it). What no
-# tensor shows is left to the defaults, the paper's.
+# -- Reading: official tensors -> state dict under our names, config ------------------------------
 def load(path, device="cpu", **sizes) -> nn.Module:
     """The Teacher, Student, Classifier or Segmenter of an official checkpoint, in eval mode.
 
-    Reads files of ACT's and of Point-MAE's official implementation, and what export() wrote. Sizes
-    are read off the tensors; what those cannot show comes from `sizes`, else it is the paper's:
-    heads = width // 64 (of a Teacher: its trunk's, as in act.HEADS), num_group 64 (128 with a head
-    of transfer), group_size 32. A class token, which Point-MAE has not, is newly initialised with a
-    warning. UserError if the file is missing, broken, of no known kind or unfit."""
+    The file is ACT's, Point-MAE's or from export(). Sizes that no tensor shows come from `sizes`,
+    else they are the paper's: heads = width // 64 (of a Teacher as in act.HEADS), num_group 64
+    (128 with a head of transfer), group_size 32. Point-MAE's missing class token is newly
+    initialised with a warning. UserError for any other file."""
     obj = weights.read_tensors(path)
-    state = weights.find_state_dict(obj, path)
-    kind, read = find_kind(state, path)
+    state = weights.find_state_dict(obj)
+    _, kind, read = weights.find_layout(state, KINDS, path)
     state, config = read(state, path, sizes.get("num_heads"))
     if isinstance(obj.get("config"), dict):  # of export()
         config = obj["config"]
@@ -87,18 +76,17 @@ def load(path, device="cpu", **sizes) -> nn.Module:
     model_class, config_class = act.KINDS[kind]
     try:
         model = model_class(config_class(**config))
-    except (TypeError, ValueError, RuntimeError) as error:  # of sizes that fit no model
+    except (TypeError, ValueError, RuntimeError) as error:
         raise act.UserError(f"{path}: its sizes make no {kind}: {error}") from error
     if kind == "Student" and "encoder.cls_token" not in state:
-        message = f"{path}: no class token; encoder.cls_token and cls_pos are newly initialised"
-        warnings.warn(message, stacklevel=2)
-        for name in ("encoder.cls_token", "encoder.cls_pos"):
-            state[name] = model.get_parameter(name).detach()
+        warnings.warn(f"{path}: no class token; it is newly initialised", stacklevel=2)
+        state["encoder.cls_token"] = model.encoder.cls_token.detach()
+        state["encoder.cls_pos"] = model.encoder.cls_pos.detach()
     return act.load_exactly(model, state, path).to(device).eval()
 
 
 def rename(state: dict, names: dict, path, dropped: tuple = ()) -> dict:
-    """The tensors under our names; 1 x 1 convolutions (out, in, 1) are matrices (out, in) here."""
+    """The tensors under our names; 1 x 1 convolutions become matrices."""
     state = weights.rename(state, names, dropped, path)
     for key, value in state.items():
         if key.endswith(".weight") and value.ndim > 2:
@@ -120,11 +108,11 @@ def encoder_config(state: dict, path, num_heads: int | None) -> dict:
 
 
 def read_student(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
-    state = rename(state, STUDENT | OTHER_STUDENTS, path, STUDENT_DROPPED)
+    state = rename(state, STUDENT | POINT_MAE | OTHER_HEADS, path, STUDENT_DROPPED)
     config = encoder_config(state, path, num_heads)
     config["decoder_depth"] = count_blocks(state, "decoder.blocks.")
     config["target_dim"] = len(tensor(state, "head.weight", 2, path))
-    if "encoder.cls_token" not in state:  # Point-MAE, which predicts the points of a patch
+    if "encoder.cls_token" not in state:  # Point-MAE, which predicts points
         config["group_size"] = config["target_dim"] // 3
     return state, config
 
@@ -142,7 +130,7 @@ def read_classifier(state: dict, path, num_heads: int | None) -> tuple[dict, dic
 
 
 def read_segmenter(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
-    """The names of the head end in _cls, but for older files."""
+    # The names of the head end in _cls, but for older files.
     state = {key.replace("_cls.", "."): value for key, value in state.items()}
     state = rename(state, SEGMENTER, path)
     config = encoder_config(state, path, num_heads)
@@ -156,8 +144,8 @@ def read_segmenter(state: dict, path, num_heads: int | None) -> tuple[dict, dict
 def read_teacher(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     state = {key.removeprefix("dvae_tokenizer."): value for key, value in state.items()}
     trunk = {key: value for key, value in state.items() if key.startswith("visual_embed.")}
-    layout = weights.find_layout(trunk, TRUNKS, path)
-    trunk = weights.rename(trunk, layout.names, (), path)
+    _, names = weights.find_layout(trunk, TRUNKS, path)
+    trunk = weights.rename(trunk, names, (), path)
     trunk, backbone = weights.translate(trunk, num_heads, path)
     state = rename(state, TEACHER, path, ("visual_embed.",))
     config = {"backbone": backbone, "weights": Path(path).name, "prompt": "none", "num_prompt": 0}
@@ -174,7 +162,7 @@ def read_teacher(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     return state | {f"backbone.{key}": value for key, value in trunk.items()}, config
 
 
-KINDS = (  # a tensor that no other kind has; a student's file can hold its teacher, so it is first
+KINDS = (  # A student's file can hold its teacher, so it is first.
     ("ACT_encoder.norm.weight", "Student", read_student),
     ("MAE_encoder.norm.weight", "Student", read_student),
     ("codebook", "Teacher", read_teacher),
@@ -185,19 +173,11 @@ KINDS = (  # a tensor that no other kind has; a student's file can hold its teac
 )
 
 
-def find_kind(state: dict, path):
-    """The name of the class that official tensors belong to, and the function that reads them."""
-    for mark, kind, read in KINDS:
-        if mark in state:
-            return kind, read
-    first = ", ".join(list(state)[:3])
-    raise act.UserError(f"{path}: expected an official checkpoint, got tensors such as {first}")
-
-
 # -- Writing --------------------------------------------------------------------------------------
 def export(student: act.Student, path) -> None:
-    """Writes our Student under the official names and in the form of the official files, for the
-    official fine-tuning scripts. Our config stands beside: load() gives the same student back."""
+    """Writes our Student as an official file, for the official fine-tuning scripts.
+
+    Our config is in it, too: load() gives the same student back."""
     names = {our: official for official, our in STUDENT.items()}
     state = weights.rename(student.state_dict(), names, (), path)
     for key, value in state.items():

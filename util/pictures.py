@@ -9,23 +9,18 @@ import numpy as np
 
 from util import files
 
-SIN_ASIDE = 0.5736  # Clouds are seen from 35 degrees aside and 20 degrees above.
-COS_ASIDE = 0.8192
-SIN_ABOVE = 0.3420
-COS_ABOVE = 0.9397
-CAMERA = (  # rows: to the right, up, towards the viewer
-    (COS_ASIDE, 0, -SIN_ASIDE),
-    (-SIN_ABOVE * SIN_ASIDE, COS_ABOVE, -SIN_ABOVE * COS_ASIDE),
-    (COS_ABOVE * SIN_ASIDE, SIN_ABOVE, COS_ABOVE * COS_ASIDE),
+CAMERA = (  # from 35 degrees aside and 20 above; rows: to the right, up, towards the viewer
+    (0.8192, 0, -0.5736),
+    (-0.3420 * 0.5736, 0.9397, -0.3420 * 0.8192),
+    (0.9397 * 0.5736, 0.3420, 0.9397 * 0.8192),
 )
-BORDER = 3  # white pixels around each cloud of a gallery
+TILE = 320  # pixels of a cloud
+BORDER = 3  # white ones around each cloud of a gallery
 SPACING = 2.5  # between the clouds of a gallery's .ply, each about as large as the unit ball
 HUES = bytes.fromhex("3b6fb6e8833a4a9c5dc94f4f8a63b08c6150d77fb57a7a7ab5aa3c3fb1c0")
-FEW_POINTS = 20  # at most so many points of a line are dots as well
 TEST_METRICS = ("accuracy", "ap25", "cd_l1", "instance_miou", "miou")  # a chart shows the first
 
 
-# -- Images ---------------------------------------------------------------------------------------
 def write_png(path: str | Path, image: np.ndarray) -> None:
     """Writes an image (H, W, 3) uint8, x to the right and y down."""
     H, W, _ = image.shape
@@ -39,18 +34,9 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
             file.write(zlib.crc32(chunk).to_bytes(4, "big"))
 
 
-def disc(radius: float) -> np.ndarray:
-    """The pixels of a disc about 0 -> (2, D) offsets in rows and columns."""
-    steps = np.arange(-radius, radius + 1)
-    grid = np.stack(np.meshgrid(steps, steps, indexing="ij")).reshape(2, -1)
-    return grid[:, np.hypot(grid[0], grid[1]) <= radius]
-
-
-def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = 320) -> np.ndarray:
-    """A cloud (N, 3) as discs on white -> (size, size, 3) uint8.
-
-    y is up and the frame holds the unit ball. Nearer discs hide farther ones, which are paler.
-    colors: (N, 3) in 0..1, by height if not given. Points that are not finite are left out."""
+def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = TILE) -> np.ndarray:
+    """A cloud (N, 3), y up, in the unit ball -> (size, size, 3) uint8: discs on white, farther ones
+    paler. colors: (N, 3) in 0..1, else by height. Points that are not finite are left out."""
     xyz = np.asarray(xyz, np.float64)
     if colors is None:
         level = np.clip(0.5 + xyz[:, 1:2] / 2, 0, 1)
@@ -59,11 +45,12 @@ def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = 320) -
     colors = np.clip(np.asarray(colors)[finite], 0, 1)
     right, up, near = np.array(CAMERA) @ xyz[finite].T  # (N,) each
     order = np.argsort(near)  # the far ones first
-    S = 2 * size  # The picture is painted at twice its size and averaged, so that edges are smooth.
+    S = 2 * size  # Painted at twice the size and averaged, edges are smooth.
     centers = np.clip(S / 2 + 0.46 * S * np.stack([-up, right]), -S, 2 * S)  # (2, N)
     radius = np.clip(0.52 * S / math.sqrt(len(near) + 1), 1.5, 0.02 * S)  # smaller if many
-    pixels = centers[:, order, None] + disc(radius)[:, None]  # (2, N, D)
-    rows, columns = np.rint(pixels).astype(int)
+    disc = np.mgrid[-radius : radius + 1, -radius : radius + 1].reshape(2, 1, -1)
+    disc = disc[:, :, np.hypot(disc[0, 0], disc[1, 0]) <= radius]  # (2, 1, D)
+    rows, columns = np.rint(centers[:, order, None] + disc).astype(int)  # (N, D) each
     fade = (0.45 + 0.55 * np.clip(0.5 + near / 2, 0, 1))[:, None]
     paint = (colors * fade + 1 - fade)[order, None].repeat(rows.shape[1], 1)  # (N, D, 3)
     inside = (rows >= 0) & (rows < S) & (columns >= 0) & (columns < S)
@@ -73,7 +60,6 @@ def render(xyz: np.ndarray, colors: np.ndarray | None = None, size: int = 320) -
     return (255 * image).round().astype(np.uint8)
 
 
-# -- Colours --------------------------------------------------------------------------------------
 def palette(n: int) -> np.ndarray:
     """n distinct colours in a fixed order, (n, 3) in 0..1: ten hues, then darker and lighter."""
     hues = np.frombuffer(HUES, np.uint8).reshape(10, 3)[np.arange(n) % 10] / 255
@@ -83,8 +69,8 @@ def palette(n: int) -> np.ndarray:
 
 
 def pca_colors(features: list[np.ndarray]) -> list[np.ndarray]:
-    """Features [(N, C), ...] -> colours [(N, 3), ...]: the first three principal components of all
-    of them together, 2nd to 98th percentile to 0..1."""
+    """Features [(N, C), ...] -> colours [(N, 3), ...]: the first three principal components of
+    all together, 2nd to 98th percentile to 0..1."""
     values = np.concatenate([np.asarray(array, np.float64) for array in features])
     _, _, axes = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
     axes = axes[:3]
@@ -97,28 +83,25 @@ def pca_colors(features: list[np.ndarray]) -> list[np.ndarray]:
     return np.split(colors, np.cumsum([len(array) for array in features])[:-1])
 
 
-# -- Galleries ------------------------------------------------------------------------------------
 def write_gallery(path: str | Path, rows: list, columns: int | None = None) -> None:
     """Clouds side by side, as a picture `path`.png and one cloud `path`.ply, `columns` to a line.
     rows: equally long lists of (xyz (N, 3), colors (N, 3) in 0..1 or None)."""
-    if columns is None:
-        columns = len(rows[0])
-    tiles = []
+    clouds = list(itertools.chain.from_iterable(rows))
+    columns = columns or len(rows[0])
+    step = TILE + 2 * BORDER
+    height = step * math.ceil(len(clouds) / columns)
+    image = np.full((height, step * columns, 3), 255, np.uint8)
     placed = []
     painted = []
-    for xyz, colors in itertools.chain.from_iterable(rows):
-        down, right = divmod(len(tiles), columns)
-        tiles.append(render(xyz, colors))
+    for i, (xyz, colors) in enumerate(clouds):
+        down, right = divmod(i, columns)
+        corner = image[BORDER + step * down :, BORDER + step * right :]
+        corner[:TILE, :TILE] = render(xyz, colors)
         placed.append(xyz + np.array([SPACING * right, -SPACING * down, 0], np.float32))
         if colors is None:
             colors = np.full(xyz.shape, 0.5)  # grey
         painted.append(colors)
-    while len(tiles) % columns != 0:
-        tiles.append(np.full_like(tiles[0], 255))  # white, to fill the last line
-    border = ((BORDER, BORDER), (BORDER, BORDER), (0, 0))
-    tiles = [np.pad(tile, border, constant_values=255) for tile in tiles]
-    lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
-    write_png(Path(path).with_suffix(".png"), np.vstack(lines))
+    write_png(Path(path).with_suffix(".png"), image)
     colors = np.uint8(255 * np.concatenate(painted))
     files.write_ply(Path(path).with_suffix(".ply"), np.concatenate(placed), colors)
 
@@ -127,16 +110,12 @@ def write_gallery(path: str | Path, rows: list, columns: int | None = None) -> N
 def write_chart(path: str | Path, rows: list[dict]) -> None:
     """The rows of metrics.jsonl -> .svg: the loss and, on the right, a test metric over steps."""
     epochs = [row for row in rows if "loss_epoch" in row]
-    losses = curve(rows, "loss")
-    if not losses:
-        losses = curve(epochs, "loss_epoch")
+    losses = curve(rows, "loss") or curve(epochs, "loss_epoch")
     last = max([step for step, _ in losses + curve(epochs, "loss_epoch")], default=1)
     if losses and losses[-1][0] < last:
-        losses.append((last, losses[-1][1]))  # The last mean stands for the few steps after it.
-    svg = [
-        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 400' font-size='12'>"
-        "<path d='M60 30V350H580V30' fill='none' stroke='gray'/>"
-    ]
+        losses.append((last, losses[-1][1]))  # the last mean, for the few steps after it
+    svg = ["<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 400' font-size='12'>"]
+    svg.append("<path d='M60 30V350H580V30' fill='none' stroke='gray'/>")
     spacing = 1
     factors = itertools.cycle((2, 2.5, 2))  # 1, 2, 5, 10, 20, 50 ... steps from tick to tick
     while 6 * spacing < last:
@@ -153,12 +132,18 @@ def write_chart(path: str | Path, rows: list[dict]) -> None:
 
 
 def write_dots(path: str | Path, panels: dict[str, list]) -> None:
-    """title -> [(name, values, half the interval of their mean or None)] -> .svg: a panel for each
-    title, with a row for each name: a dot per value, a line at the mean, a bar of the interval."""
+    """title -> [(name, values, half their mean's interval or None)] -> .svg: a panel a title, a row
+    a name: a dot per value, a line at the mean, a bar of the interval."""
     svg = []
     down = 0
     for title, rows in panels.items():
-        low, high = dot_range(rows)
+        edges = []
+        for _, values, reach in rows:
+            half = reach or 0.0
+            edges += [min(values), max(values), np.mean(values) - half, np.mean(values) + half]
+        margin = 0.05 * np.ptp(edges) or 1.0
+        low = min(edges) - margin
+        high = max(edges) + margin
         down += 40
         svg.append(chart_text(180, down - 8, "start", "black", title))
         for name, values, reach in rows:
@@ -177,16 +162,6 @@ def write_dots(path: str | Path, panels: dict[str, list]) -> None:
         down += 20
     head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 640 {down + 10}' font-size='12'>"
     Path(path).write_text("\n".join([head] + svg + ["</svg>\n"]), "utf-8")
-
-
-def dot_range(rows: list) -> tuple[float, float]:
-    """The axis of a panel of write_dots: all values and intervals, and a little more."""
-    edges = []
-    for _, values, reach in rows:
-        half = reach or 0.0
-        edges += [min(values), max(values), np.mean(values) - half, np.mean(values) + half]
-    margin = 0.05 * np.ptp(edges) or 1.0
-    return min(edges) - margin, max(edges) + margin
 
 
 def curve(rows: list[dict], name: str) -> list[tuple]:
@@ -219,7 +194,7 @@ def chart_line(name: str, points: list, last: int, x: int, anchor: str, color: s
         right = 60 + 520 * step / last
         down = 350 - 320 * (value - low) / (high - low)
         line.append(f"{right:.1f},{down:.1f}")
-        if len(points) <= FEW_POINTS:
+        if len(points) <= 20:
             svg.append(f"<circle cx='{right:.1f}' cy='{down:.1f}' r='3' fill='{color}'/>")
     svg.append(f"<polyline points='{' '.join(line)}' fill='none' stroke='{color}'/>")
     return svg

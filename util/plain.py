@@ -1,9 +1,5 @@
 """Textbook forms of act's operations and modules: oracles of the tests, baselines of bench.py.
 
-    from util import plain
-    with plain.plain_form():        # within it act computes plainly: same models, same losses
-        loss = act.teacher_loss(teacher(xyz), 0.1)[0]
-
 Each is what one writes first: all distances at once, concatenation before a product, 1 x 1
 convolutions with channels first, prompts as tokens of the sequence. Memory is not bounded.
 """

@@ -507,10 +507,10 @@ class Log:
 
 
 def progress(items, what: str):
-    """Yields the items of a list; every ten seconds it prints how many of them are done."""
+    """Yields the items of a list; every five seconds it says on stderr how many are done."""
     shown = time.monotonic()
     for i, item in enumerate(items):
-        if time.monotonic() - shown > 10:
+        if time.monotonic() - shown > 5:
             shown = time.monotonic()
-            print(f"{what}: {i} of {len(items)}", flush=True)
+            print(f"{what}: {i} of {len(items)}", file=sys.stderr, flush=True)
         yield item

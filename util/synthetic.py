@@ -31,45 +31,28 @@ def sample_surface(kind, size, n, rng):
     kind, _, axis = kind.partition("_")
     order = {"": [0, 1, 2], "x": [1, 0, 2], "z": [0, 2, 1]}[axis]  # exchanges y with another axis
     size = np.array(size)[order]
-    t = rng.uniform(-1, 1, n)
+    height = rng.uniform(-1, 1, n)
     turn = rng.uniform(0, 2 * np.pi, n)
-    if kind == "box":
-        points = box_surface(size, t, rng)
-    elif kind == "sphere":
-        points = around_y(np.sqrt(1 - t**2), t, turn)
-    elif kind == "torus":
-        radius = 1 - size[1] / size[0] * (1 - np.cos(np.pi * t))
-        points = around_y(radius, np.sin(np.pi * t), turn)
-    else:
-        points = cone_surface(kind, size, t, turn, rng)
-    return (points * size)[:, order]
-
-
-def around_y(radius, height, turn):
-    """Points (n, 3) at a distance from the y axis, a height and an angle about the axis."""
-    return np.stack([radius * np.cos(turn), height, radius * np.sin(turn)], 1)
-
-
-def box_surface(size, t, rng):
-    """Points on the cube from -1 to 1, uniform over the box that it becomes: t gives the side."""
-    n = len(t)
-    points = rng.uniform(-1, 1, (n, 3))
-    weight = np.cumsum(1 / size)  # the area of the two faces across an axis is volume / size
-    axis = np.searchsorted(weight[:2] / weight[2], rng.random(n))
-    points[np.arange(n), axis] = np.sign(t)
-    return points
-
-
-def cone_surface(kind, size, t, turn, rng):
-    """Points on a cylinder, cone, shade (a cone whose top is cut off) or pyramid, caps included."""
-    cap = rng.random(len(t)) < size[0] / (size[0] + 2 * size[1])
-    height = np.where(cap, np.sign(t), t)
-    radius = 1 + (TOP_RADIUS[kind] - 1) * (height + 1) / 2
-    radius = radius * np.where(cap, np.sqrt(rng.random(len(t))), 1)
     ring = np.stack([np.cos(turn), np.sin(turn)])
+    if kind == "box":
+        points = rng.uniform(-1, 1, (n, 3))
+        weight = np.cumsum(1 / size)  # the area of two opposite faces is volume / size
+        across = np.searchsorted(weight[:2] / weight[2], rng.random(n))
+        points[np.arange(n), across] = np.sign(height)
+        return (points * size)[:, order]
+    if kind == "sphere":
+        radius = np.sqrt(1 - height**2)
+    elif kind == "torus":
+        radius = 1 - size[1] / size[0] * (1 - np.cos(np.pi * height))
+        height = np.sin(np.pi * height)
+    else:  # cylinder, cone, shade (a cone whose top is cut off) or pyramid, with caps
+        cap = rng.random(n) < size[0] / (size[0] + 2 * size[1])
+        height = np.where(cap, np.sign(height), height)
+        radius = 1 + (TOP_RADIUS[kind] - 1) * (height + 1) / 2
+        radius = radius * np.where(cap, np.sqrt(rng.random(n)), 1)
     if kind == "pyramid":
         ring /= np.abs(ring).max(0)  # a square
-    return np.stack([radius * ring[0], height, radius * ring[1]], 1)
+    return (np.stack([radius * ring[0], height, radius * ring[1]], 1) * size)[:, order]
 
 
 def mirrored(part, kind, center, size):
@@ -258,22 +241,18 @@ def rotate(xyz, axes, angle):
     return rotated
 
 
-def seen_from_a_side(xyz, num_points, rng):
-    """The indices (num_points,) that a scan keeps: random, more on the near side, few far away."""
+def synthetic_scan(name, num_points, rng):
+    """A cloud turned, tilted by up to 15 degrees, denser on its near side, the far side often
+    missing, with noise; and its parts."""
+    xyz, part = synthetic_cloud(name, 2 * num_points, rng)
+    xyz = rotate(xyz, [0, 2], rng.uniform(-np.pi, np.pi))
+    xyz = rotate(xyz, [0, 1], rng.uniform(0, np.pi / 12))
     side = rng.normal(size=3)
     depth = normalize(xyz) @ (side / np.linalg.norm(side))
     keys = rng.exponential(size=len(xyz)) * np.exp(rng.uniform(0, 1.5) * depth)
     if rng.random() < 0.5:
         keys[depth > np.quantile(depth, rng.uniform(0.65, 1))] = np.inf
-    return np.argpartition(keys, num_points)[:num_points]  # of the smallest keys
-
-
-def synthetic_scan(name, num_points, rng):
-    """A cloud turned, tilted by up to 15 degrees, seen from a side, with noise; and its parts."""
-    xyz, part = synthetic_cloud(name, 2 * num_points, rng)
-    xyz = rotate(xyz, [0, 2], rng.uniform(-np.pi, np.pi))
-    xyz = rotate(xyz, [0, 1], rng.uniform(0, np.pi / 12))
-    kept = seen_from_a_side(xyz, num_points, rng)
+    kept = np.argpartition(keys, num_points)[:num_points]  # of the smallest keys
     xyz = normalize(xyz[kept])
     return normalize(xyz + 0.02 * rng.normal(size=xyz.shape)), part[kept]
 
@@ -331,13 +310,11 @@ def find_place(extent, size, boxes, rng):
     free = size - extent
     if not (free > 0.1).all():
         return None
-    lows = np.array([low for _, low, _ in boxes]).reshape(-1, 3)
-    highs = np.array([high for _, _, high in boxes]).reshape(-1, 3)
     for _ in range(20):
-        low = np.append(rng.uniform(0.05, free[:2] - 0.05 + 1e-9), 0)
-        overlaps = (low <= highs) & (lows <= low + extent)  # (n, 3) on each axis
-        if not overlaps[:, :2].all(1).any():
-            return low
+        place = np.append(rng.uniform(0.05, free[:2] - 0.05 + 1e-9), 0)
+        overlaps = [(place <= high) & (low <= place + extent) for _, low, high in boxes]
+        if not any(axes[:2].all() for axes in overlaps):
+            return place
     return None
 
 

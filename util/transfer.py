@@ -1,8 +1,8 @@
-"""Transfer of a pretrained encoder (Sec. 5): what the tasks of finetune.py and segment.py share.
+"""Transfer of a pretrained encoder (Sec. 5): what finetune.py and segment.py share.
 
-To add a task, write a subclass of `Task`, as Classification in finetune.py is. Add it to TASKS of
-that command, which makes it as TASKS[name](config, data, sizes, device), and to PRESETS, the values
-of the flags that the user leaves out. `train` does the rest.
+To add a task, write a subclass of `Task` like Classification in finetune.py. Add it to TASKS there,
+which makes it as TASKS[name](config, data, sizes, device), and its flags to PRESETS.
+`train` does the rest.
 
 Shapes: B clouds of a batch, N points of each (--points), L labels.
 """
@@ -49,24 +49,22 @@ class TransferConfig(run.RunConfig):
 def describe(config: TransferConfig) -> str:
     """The settings of a run, for the lines that open and close it."""
     text = f"{config.task}, {config.data}, size {config.size}"
-    if "augment" in config.unused.get(config.task, []):
-        return text
-    return f"{text}, {config.protocol}, augmentation {config.augment}, {config.precision}"
+    if "augment" not in config.unused.get(config.task, []):
+        text += f", {config.protocol}, augmentation {config.augment}, {config.precision}"
+    return text
 
 
-# -- task ------------------------------------------------------------------------------------------
 class Task:
     """What `train` needs of a task. Subclasses set `config` and `names`, and define:
 
-    build_model(): a new network with a `config` (a subclass of act.EncoderConfig), an `encoder`
-        (act.Encoder) and, for the protocols mlp3 and linear, `freeze_encoder()`. It maps xyz, and
-        the category if `sample` returns one, to logits (B, L) or (B, N, L).
-    sample(indices, step, generator): the training clouds of a step, on the device: xyz (B, N, 3);
-        their int64 labels (B,) or (B, N); category, int64 (B,), or None. The indices, on the CPU,
-        are the batch of all processes. The generator is seeded for the step, so that runs resume.
+    build_model(): a new network with a `config` (an act.EncoderConfig), an `encoder` and, for
+        mlp3 and linear, `freeze_encoder()`. It maps xyz, and the category if `sample` returns
+        one, to logits (B, L) or (B, N, L).
+    sample(indices, step, generator): on the device xyz (B, N, 3); labels, int64 (B,) or (B, N);
+        category, int64 (B,), or None. The indices, on the CPU, are those of all processes.
+        The generator is seeded for the step, so that runs resume.
     evaluate(model): metrics of the test clouds by name. It puts the model in eval mode.
     finish(model, folder): further metrics. It prints tables and writes pictures.
-
     Of several processes the first alone calls `evaluate` and `finish`."""
 
     names: list  # what tells each training cloud, for --resume to compare
@@ -84,11 +82,7 @@ class Task:
         return xyz
 
 
-# -- model -----------------------------------------------------------------------------------------
-Source = nn.Module | None  # the model of --checkpoint, if one is given
-
-
-def load_source(config: TransferConfig) -> Source:
+def load_source(config: TransferConfig) -> nn.Module | None:
     """The model of --checkpoint, ours or official, on the CPU; None if that is `none`."""
     path = config.checkpoint
     if path == "none":
@@ -98,7 +92,7 @@ def load_source(config: TransferConfig) -> Source:
     return run.load_model(path, "cpu", act.Student, act.Classifier, act.Segmenter)
 
 
-def encoder_sizes(config: TransferConfig, source: Source, size: str = "auto") -> dict:
+def encoder_sizes(config: TransferConfig, source: nn.Module | None, size: str = "auto") -> dict:
     """Sizes of the encoder, without `normalized`: those of `source`, else of --size.
     `size` is what the user typed, a UserError if the checkpoint has others."""
     own = act.EncoderConfig(points=1024, **run.ENCODER_SIZES[config.size])
@@ -114,48 +108,41 @@ def encoder_sizes(config: TransferConfig, source: Source, size: str = "auto") ->
 
 
 def check_labels(config: TransferConfig, count: np.ndarray) -> None:
-    """UserError unless two labels or more are trained on; `count`: (L,) clouds or points."""
+    """UserError unless two labels or more of `count` (L,) are above 0."""
     if (count > 0).sum() < 2:
         raise act.UserError(f"{config.data}: expected 2 or more classes to train on, got 1")
 
 
-def start_model(config: TransferConfig, model: nn.Module, source: Source) -> nn.Module:
+def start_model(config: TransferConfig, model: nn.Module, source: nn.Module | None) -> nn.Module:
     """The model with the encoder of `source`, frozen if --protocol says so."""
     if config.protocol != "full":
         model.freeze_encoder()
     if source is not None:
         keys = model.encoder.load_state_dict(source.encoder.state_dict(), strict=False)
-        new = ", ".join(keys.missing_keys + _modules_beside_encoder(model)) or "nothing"
-        unused = ", ".join(keys.unexpected_keys + _modules_beside_encoder(source))
+        heads = [name for name, _ in model.named_children() if name != "encoder"]
+        others = [name for name, _ in source.named_children() if name != "encoder"]
+        new = ", ".join(keys.missing_keys + heads) or "nothing"
         print(f"loaded the encoder in {config.checkpoint}")
-        print(f"newly initialised: {new}; not used: {unused}")
+        print(f"newly initialised: {new}; not used: {', '.join(keys.unexpected_keys + others)}")
     c = model.config
-    count = sum(parameter.numel() for parameter in model.parameters())
-    sizes = f"width {c.width}, depth {c.depth}, {count / 1e6:.1f} M parameters"
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    sizes = f"width {c.width}, depth {c.depth}, {count:.1f} M parameters"
     patches = f"{c.num_group} patches of {c.group_size} of {c.points} points"
     print(f"{type(model).__name__}: {sizes}, {patches}")
     return model
 
 
-def _modules_beside_encoder(model):
-    return [name for name, _ in model.named_children() if name != "encoder"]
-
-
-# -- training --------------------------------------------------------------------------------------
-def train(config: TransferConfig, task: Task, source: Source, device: torch.device) -> run.Log:
+def train(
+    config: TransferConfig, task: Task, source: nn.Module | None, device: torch.device
+) -> run.Log:
     """Trains a network for a task and evaluates it. Returns the run's log."""
     count = len(task.names)
     config = run.plan(config, count)
-    least = 2 * run.WORLD  # for BatchNorm
-    if config.batch_size < least:
-        expected = f"expected {least} or more of {count} training clouds"
+    if config.batch_size < 2 * run.WORLD:  # for BatchNorm
+        expected = f"expected {2 * run.WORLD} or more of {count} training clouds"
         raise act.UserError(f"--batch-size: {expected}, got {config.batch_size}")
-
-    # -- model
     torch.manual_seed(config.seed)  # the same head for any encoder
     model = start_model(config, task.build_model(), source).to(device)
-
-    # -- optimizer
     optimizer = run.adamw(model, config.lr, config.weight_decay)
     warmup = 10 * (count // config.batch_size)  # ten epochs
     log, _ = run.begin(config, model, optimizer, task.names)
@@ -204,21 +191,16 @@ def train(config: TransferConfig, task: Task, source: Source, device: torch.devi
 def close(log: run.Log, config: TransferConfig, metrics: dict) -> None:
     """Writes the last row of a run and prints the line of its results."""
     log.close(task=config.task, checkpoint=config.checkpoint, seed=config.seed, **metrics)
-    shown = []
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            shown.append(f"{name} {value:.4g}")
+    shown = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
     print(f"{describe(config)}: {', '.join(shown)}")
 
 
 def write_examples(path: Path, shown: dict, colors: np.ndarray) -> None:
     """A gallery: each cloud painted by its true and, beside it, by its predicted labels.
     shown: caption -> xyz (N, 3), truth and prediction, both (N,) or one label."""
-    rows = []
+    tiles = []
     for xyz, truth, predicted in shown.values():
-        row = []
         for labels in (truth, predicted):
-            row.append((xyz, np.broadcast_to(colors[labels], xyz.shape)))
-        rows.append(row)
-    pictures.write_gallery(path, rows, columns=4)
+            tiles.append((xyz, np.broadcast_to(colors[labels], xyz.shape)))
+    pictures.write_gallery(path, [tiles], columns=4)
     print(f"{path}.png: truth and prediction of {', '.join(shown)}")
