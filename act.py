@@ -14,14 +14,17 @@ Where this differs from the paper or from the official implementation:
  2. Deep prompts are keys and values computed once per batch: prompt dropout acts once per step.
  3. The student embeds its visible patches only: BatchNorm sees those alone.
  4. Learning rate, temperature and KL weight move with every step. A run shorter than the published
-    one scales temperature and KL weight by its length, and warms up for a tenth of it at most.
+    one scales temperature and KL weight by its length. No warm-up exceeds a tenth of a run.
  5. Every backbone is treated alike, BERT too: positions at every block, deep prompts. Officially
     BERT gets positions once and fails with deep prompts; CLIP attends across a batch's clouds.
  6. FPS takes no index twice; the official kernel repeats 0, and skips points of |p|^2 <= 1e-3.
  7. Frozen protocols freeze all below the head, class token and statistics too. Of the published
-    sets only ScanObjectNN is rotated. Results are the last epoch's. A vote is over ten samples.
+    sets only ScanObjectNN is rotated. Results are the last epoch's.
  8. A new BatchNorm averages all steps before its tenth, then as published with momentum 0.1.
- 9. By rounding only: a Linear of concatenated inputs goes part by part, one-hot codes look up.
+ 9. Sizes tiny and small take mutual information for the KL term and start codes from patches: in
+    a short run the decoder would learn to ignore the codes (train_teacher.py).
+10. By rounding only: a Linear of concatenated inputs is computed part by part, and the product with
+    one-hot codes is a look-up.
 """
 
 import math
@@ -355,7 +358,7 @@ class Backbone(nn.Module):
 
 
 def trunc_normal(*shape):
-    """A parameter of this shape, drawn from a normal of deviation 0.02, truncated at 2 in value."""
+    """A parameter of this shape, from a normal of deviation 0.02 truncated at +-2, as in timm."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
@@ -505,6 +508,11 @@ class TeacherConfig:
     def __post_init__(self):
         if isinstance(self.backbone, dict):  # as a checkpoint holds it
             self.backbone = BackboneConfig(**self.backbone)
+        if self.num_group < 4:
+            raise UserError(f"num_group: expected 4 or more, for the graph, got {self.num_group}")
+        for name in ("num_tokens", "decoder_dims"):
+            if getattr(self, name) % 4:
+                raise UserError(f"{name}: expected a multiple of 4, got {getattr(self, name)}")
         if self.prompt not in ("deep", "shallow", "none"):
             raise UserError(f"prompt: expected deep, shallow or none, got {self.prompt!r}")
         if self.tune not in ("prompts", "full"):
@@ -576,7 +584,7 @@ class Teacher(nn.Module):
 
         The outputs at prompts are dropped at every layer, so that prompts need no query, projection
         or MLP, nor do they depend on the cloud: one pass serves a batch, or a fixed teacher's whole
-        run. The backbone is 1.9 times as fast."""
+        run. This makes the backbone 1.9 times as fast."""
         c = self.config
         if c.backbone is None:
             return []
@@ -965,7 +973,7 @@ class Segmenter(nn.Module):
         if category is not None:
             one_hot = F.one_hot(category, c.num_categories).to(tokens.dtype)
             cloud = torch.cat([cloud, self.label_conv(one_hot)], dim=-1)
-        xyz = xyz.to(center.dtype)
+        xyz = torch.as_tensor(xyz, dtype=center.dtype, device=center.device)
         point = torch.cat([xyz.to(tokens.dtype), interpolate(xyz, center, tokens)], dim=-1)
         B, N, _ = point.shape
         point = self.propagation(point.flatten(0, 1)).view(B, N, 1024)

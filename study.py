@@ -43,7 +43,7 @@ MASK_RATIO = {"tiny": "0.6", "small": "0.8", "base": "0.8"}  # where an arm has 
 class Config:
     tables: list = flag((), "teacher prompt target mask decoder loss transfer", None, "positional")
     data: str = flag("synthetic", "'synthetic' or the path of a labelled data set")
-    weights: list = flag((), "none, random, NAMEs, PATHs: arms of teacher; others take the first")
+    weights: list = flag((), "none, random, NAMEs, PATHs: arms of teacher; other tables take one")
     transfer: list = flag((), "further labelled data sets, for fine-tuning")
     seeds: int = flag(3, "runs of each arm")
     jobs: int = flag(1, "runs side by side, which share the cores")
@@ -180,8 +180,9 @@ def plan_arm(runs: dict, config: Config, arm: Arm, seed: int) -> dict:
     folder = Path(config.out, arm.table, slug(arm.name), f"seed{seed}")
     common = {"--data": config.data, "--size": config.size, "--seed": str(seed)}
     defaults = {"teacher": {}, "student": {"--mask-ratio": MASK_RATIO[config.size]}}
-    if config.weights:
-        defaults["teacher"]["--weights"] = config.weights[0]
+    for name in reversed(config.weights):
+        if name != "none":  # which has neither prompts nor a backbone's tokens
+            defaults["teacher"]["--weights"] = name
     last = None
     for stage in arm.stages:
         flags = common | defaults[stage]
@@ -274,8 +275,9 @@ HEAD = """# {table}
 
 `python study.py {words}`, {made}.
 Percent; mean ± standard error over n seeds. Beside it the difference to the arm `{first}`, paired
-by seed, its 95 % t-interval, and the smallest difference that is beyond it. Last, what the best
-epoch on the test set of the best seed would have reported; for the SVM and kNN, the best seed.
+by seed, its 95 % t-interval, and half of that: no smaller difference could have been seen. Last,
+what the best epoch on the test set of the best seed would have reported; for the SVM and kNN, the
+best seed. Backbones of the teachers: {backbones}.
 """
 COLUMNS = """
 ## {metric}
@@ -299,6 +301,20 @@ def collect(sources: dict) -> tuple[dict, float | None]:
     return values, max(best, default=None)
 
 
+def backbones_of(metrics: dict) -> str:
+    """The backbones that the teachers of a table have, of which --weights auto may find none."""
+    names = set()
+    for by_arm in metrics.values():
+        for sources in by_arm.values():
+            for source, _ in sources.values():
+                while source is not None:
+                    if source.script == "train_teacher.py" and source.state == "finished":
+                        about = json.loads((source.folder / "config.json").read_text())
+                        names.add(short_name(about["config"]["weights"]))
+                    source = source.needs
+    return ", ".join(sorted(names)) or "no teacher"
+
+
 def format_row(arm: str, values: dict, reference: dict, best: float) -> str:
     """A row of the table of a metric; `reference` has the values of the first arm."""
     mean, error, _ = spread(list(values.values()))
@@ -319,7 +335,13 @@ def write_table(config: Config, table: str, metrics: dict) -> None:
     """Writes <table>.json, .md and .svg, of the runs that are finished."""
     arms = [arm.name for arm in arms_of(table, config)]
     made = f"{datetime.date.today()}, torch {torch.__version__}"
-    text = HEAD.format(table=table, words=" ".join(sys.argv[1:]), made=made, first=arms[0])
+    text = HEAD.format(
+        table=table,
+        words=" ".join(sys.argv[1:]),
+        made=made,
+        first=arms[0],
+        backbones=backbones_of(metrics),
+    )
     values = {arm: {} for arm in arms}  # arm -> metric -> seed -> value
     panels = {}  # metric -> its part of the .svg
     for metric, by_arm in metrics.items():

@@ -6,7 +6,7 @@
     python train_student.py --data ShapeNet55 --size base  # as published
     torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base  # on eight
 
-Leaves last.pt, metrics.jsonl, loss.svg, features and reconstruction in --out.
+Leaves last.pt, metrics.jsonl, config.json, loss.svg, features and reconstruction in --out.
 """
 
 from collections.abc import Callable
@@ -73,20 +73,30 @@ class Target(NamedTuple):
     loss: Callable
     dim: Callable  # (teacher's or None, student's config) -> D
     needs_teacher: bool = True
-    has_points: bool = True  # for a picture of what is predicted
+    takes_loss: bool = False  # whether --loss says how far prediction and target are apart
+    has_points: bool = False  # whether a prediction can be drawn
 
 
 TARGETS = {
-    "teacher": Target(features_loss, lambda teacher, student: teacher.decoder_dims),
-    "backbone": Target(
-        backbone_loss, lambda teacher, student: teacher.backbone.width, has_points=False
+    "teacher": Target(
+        features_loss,
+        lambda teacher, student: teacher.decoder_dims,
+        takes_loss=True,
+        has_points=True,
     ),
-    "codes": Target(codes_loss, lambda teacher, student: teacher.num_tokens, has_points=False),
+    "backbone": Target(
+        backbone_loss, lambda teacher, student: teacher.backbone.width, takes_loss=True
+    ),
+    "codes": Target(codes_loss, lambda teacher, student: teacher.num_tokens),
     "coordinates": Target(
-        coordinates_loss, lambda teacher, student: 3 * student.group_size, needs_teacher=False
+        coordinates_loss,
+        lambda teacher, student: 3 * student.group_size,
+        needs_teacher=False,
+        has_points=True,
     ),
 }
-# A further mask is a function (center, ratio, generator) -> (B, G) bool and a row here.
+# A further mask is a function (center, ratio, generator) -> (B, G) bool, with as many True in every
+# cloud, and a row here.
 MASKS = {"random": act.random_mask, "block": act.block_mask}
 
 
@@ -118,8 +128,8 @@ def draw_patches(xyz, config, c, step, share):
 
     The mask is drawn for the whole batch, whatever the number of processes."""
     generator = run.seeded("cpu", config.seed, "mask", step)
-    if config.mask == "random":  # needs the shape alone: each process groups its share
-        mask = act.random_mask(xyz[:, : c.num_group], config.mask_ratio, generator)
+    if config.mask == "random":  # reads the centers' shape alone: each process groups its share
+        mask = MASKS["random"](xyz[:, : c.num_group], config.mask_ratio, generator)
         neighborhood, center = act.group_points(xyz[share], c.num_group, c.group_size)
         return neighborhood, center, mask[share]
     neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
@@ -164,7 +174,7 @@ def load_matching(student, source, config):
 
 @torch.no_grad()
 def cosine_per_depth(student, test, config):
-    """Mean cosine of a cloud's tokens after each block: near 1 they have collapsed."""
+    """Mean cosine of all pairs of a cloud's tokens after each block: near 1 they have collapsed."""
     generator = run.seeded(student.mask_token.device, config.seed, "depth")
     xyz, _ = test.sample(torch.arange(min(len(test), 16)), config.points, generator)
     encoder = student.eval().encoder
@@ -251,7 +261,7 @@ def decode(prediction, teacher, neighborhood, center, masked, kind):
 
 def main(config):
     config, device = run.setup(config, PRESETS)
-    predicts_features = config.target in ("teacher", "backbone")
+    predicts_features = TARGETS[config.target].takes_loss
     if config.loss and not predicts_features:
         raise act.UserError(f"--loss {config.loss}: expected --target teacher or backbone")
     if predicts_features:
@@ -284,10 +294,10 @@ def main(config):
     test = run.place(test, device)
     if not 0 < int(config.mask_ratio * c.num_group) < c.num_group:
         raise act.UserError(f"--mask-ratio {config.mask_ratio}: expected a part of the patches")
-    count = sum(p.numel() for p in student.parameters()) / 1e6
+    millions = sum(p.numel() for p in student.parameters()) / 1e6
     print(
         f"stage II on {device} x {run.WORLD}, {config.precision}; size {config.size}, {c.width} "
-        f"wide, {c.depth} deep, {count:.1f} M parameters; target {config.target}"
+        f"wide, {c.depth} deep, {millions:.1f} M parameters; target {config.target}"
     )
 
     # -- optimizer, resume

@@ -21,6 +21,8 @@ if pathlib.Path("broken").read_text() in sys.argv:
 row = dict(svm_trained=50 + len(sys.argv), knn_trained=int(flags["--seed"]), accuracy=7.0)
 row["best_accuracy"] = 9.0
 pathlib.Path(flags["--out"], "metrics.jsonl").write_text(json.dumps(row))
+about = dict(config=dict(weights=flags.get("--weights", "random")))
+pathlib.Path(flags["--out"], "config.json").write_text(json.dumps(about))
 """
 
 
@@ -81,7 +83,9 @@ def test_weights_are_the_arms_of_the_teachers_and_settings_reach_all_runs():
     assert len(having(lines, "finetune", "--data y")) == 4
     assert values_of("teacher")["none"].keys() == {"linear SVM", "kNN", "y, full", "y, linear"}
     # The best epoch of the best seed stands beside the accuracy of the last.
-    assert "| none | 1 | 7.00 |  |  |  | 9.00 |" in Path("runs/teacher.md").read_text()
+    text = Path("runs/teacher.md").read_text()
+    assert "| none | 1 | 7.00 |  |  |  | 9.00 |" in text
+    assert "Backbones of the teachers: a/model.safetensors, none." in text.replace("\n", " ")
 
 
 def test_the_table_of_transfer_fine_tunes_one_student():

@@ -1,8 +1,12 @@
 """Transfer of a pretrained encoder (Sec. 5): what finetune.py and segment.py share.
 
-To add a task, write a subclass of `Task` like Classification in finetune.py. Add it to TASKS there,
-which makes it as TASKS[name](config, data, sizes, device), and its flags to PRESETS.
-`train` does the rest.
+To add a task:
+1. Write a subclass of `Task` like Classification in finetune.py.
+2. Add it to TASKS there: TASKS[name](config, data, sizes, device).
+3. Add defaults of its flags, by size, to PRESETS.
+4. Add the flags that it ignores to `unused`.
+`train` does the rest, by cross-entropy.
+A new class of model needs a row in act.KINDS.
 
 Shapes: B clouds of a batch, N points of each (--points), L labels.
 """
