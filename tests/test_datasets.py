@@ -76,7 +76,7 @@ LAYOUTS = [  # words of the description, labels to train and to test on, clouds,
     ("train is a class", [[0, 1], [0, 1]], "car/0.npy car/1.npy train/2.npy train/3.npy", {}),
     ("a, b; no test clouds of b", [[0, 1], [0]], "", SHAPENET),
     ("b, a_c; no training", [[1], [1, 0]], "b/b_1.txt a_c/a_c_2.txt a_c/a_c_3.txt", MODELNET),
-    ("ModelNet40: 2 to train on, 1 to test on, 2 classes", [[0, 1], [0]], "", PACKED),
+    ("ModelNet40: 2 training and 1 test clouds, 2 classes", [[0, 1], [0]], "", PACKED),
     ("Bag, Mug; no test clouds of Bag", [[0, 1], [1]], "", MODELS),
     ("bowl, cone", [[0, 1, 1], [0, 1]], "", H5),
 ]

@@ -75,7 +75,8 @@ def describe(dataset: Dataset | RoomSet) -> str:
     """One line: name, sizes of the splits, number and names of the classes, notes."""
     named = dataset if isinstance(dataset, RoomSet) else dataset.train
     classes = named.classes or named.part_names
-    sizes = f"{len(dataset.train)} to train on, {len(dataset.test)} to test on"
+    unit = "rooms" if named is dataset else "clouds"
+    sizes = f"{len(dataset.train)} training and {len(dataset.test)} test {unit}"
     text = f"{dataset.name}: {sizes}, {len(classes)} classes"
     if 0 < len(classes) <= 40:
         text += f": {', '.join(classes)}"
@@ -190,12 +191,12 @@ def choose_splits(folder, entries):
 
 
 # -- Reading, once ---------------------------------------------------------------------------------
-def map_cache(stem, columns):
+def map_cache(stem):
     """The two tensors of a cache, or None if it is absent or damaged."""
     with contextlib.suppress(OSError, act.UserError), files.parsing():
-        rows = np.memmap(f"{stem}.points", "<f4", "c").reshape(-1, columns)  # writable, in memory
+        rows = np.load(f"{stem}.points.npy", mmap_mode="c")  # private, and writable for torch
         offsets = np.load(f"{stem}.offsets.npy")
-        if offsets[-1] == len(rows):
+        if rows.ndim == 2 and offsets[-1] == len(rows):
             return torch.from_numpy(rows), torch.from_numpy(offsets)
     return None
 
@@ -214,15 +215,17 @@ def read_cached(root, entries, options, columns):
     keys = [[os.path.realpath(root), columns], state]
     hashes = [hashlib.sha256(ascii(key).encode()).hexdigest()[:12] for key in keys]
     stem = folder / f".clouds-{hashes[0]}-{hashes[1]}"
-    cached = map_cache(stem, columns)
+    cached = map_cache(stem)
     if cached is not None:
         return cached
     if not os.access(folder, os.W_OK):
         raise act.UserError(f"{folder}: expected a folder to write to, else --cache, got none")
-    print(f"reading {len(entries)} clouds into {stem}.points, once", file=sys.stderr)
+    print(f"reading {len(entries)} clouds into {stem}.points.npy, once", file=sys.stderr)
     offsets = [0]
     broken = []
-    with files.complete_file(f"{stem}.points") as file:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (0, columns)}
+    with files.complete_file(f"{stem}.points.npy") as file:
+        np.lib.format.write_array_header_1_0(file, header)
         for entry in run.progress(entries, f"{root}: files read"):
             try:
                 rows = read_rows(root / entry.name, entry.parts, options.drop_invalid)
@@ -234,12 +237,15 @@ def read_cached(root, entries, options, columns):
         if broken:
             got = f"got {len(broken)} of {len(entries)} broken: {', '.join(broken[:9])}"
             raise act.UserError(f"{root}: expected files that can be read, {got}")
+        header["shape"] = (offsets[-1], columns)  # numpy leaves room in a header for any number
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
     with files.complete_file(f"{stem}.offsets.npy") as file:
         np.save(file, np.array(offsets, np.int64))
     for path in folder.glob(f".clouds-{hashes[0]}-*"):
         if not path.name.startswith(stem.name):
             path.unlink(missing_ok=True)
-    return map_cache(stem, columns)
+    return map_cache(stem)
 
 
 def read_rows(path, parts, drop_invalid):
