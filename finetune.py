@@ -166,7 +166,7 @@ def draw_episode(data, way, shot, fold):
     query = data.test.labels.bincount(minlength=len(support))
     enough = np.flatnonzero((support >= shot) & (query > 0))
     if shot < 1 or not 2 <= way <= len(enough):
-        expected = f"1 shot or more, and 2 to the {len(enough)} classes that have so many clouds"
+        expected = f"a shot, and 2 to the {len(enough)} classes of so many clouds"
         raise act.UserError(f"--way {way} --shot {shot}: expected {expected}")
     rng = np.random.default_rng([way, shot, fold])
     chosen = rng.permutation(enough)[:way].tolist()

@@ -57,7 +57,7 @@ def check_flags(config, model):
         expected = f"--points: expected {least} or more, and no Detector"
         raise act.UserError(f"{expected}, got {config.points} for a {kind}")
     if config.category and not getattr(model.config, "num_categories", 0):
-        raise act.UserError(f"--category: expected a Segmenter of parts, got a {kind} without")
+        raise act.UserError(f"--category: expected a model with categories, got a {kind} without")
 
 
 # -- model and files -------------------------------------------------------------------------------

@@ -157,7 +157,9 @@ class Parts(Segmentation):
         values = super().evaluate(model)
         each = []
         for matrix, (first, end) in zip(self.matrices, self.test_ranges, strict=True):
-            iou = metrics.iou(matrix).nan_to_num(100.0)  # a part that this cloud has not: 100
+            iou = metrics.iou(matrix)
+            if self.categories:  # as published, a part that a cloud has not counts 100
+                iou = iou.nan_to_num(100.0)
             each.append(iou.masked_fill(self.absent, math.nan)[first:end].nanmean())
         each = torch.stack(each)  # (test clouds,)
         labels = self.test_labels

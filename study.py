@@ -373,6 +373,7 @@ def main(config):
     for data in [config.data] + config.transfer:
         run.check_apart(data, config.out)
     run.open_folder(config.out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
     runs, tables = make_plan(config)
     print(f"{len(runs)} runs, of which {count(runs, 'finished')} are finished")
     try:

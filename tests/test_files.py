@@ -71,7 +71,7 @@ BAD |= {"short.csv": "x,y,z\n\n1,2,3\n4,5\n", "names.txt": "Scan no x y z\n1 2 3
 BAD |= {"cut.off": OFF, "absent.off": f"{OFF}3 0 1 4", "crossing.off": f"{OFF}4 0 1 2 3"}
 BAD |= {"lone.off": "OFF\n", "short.off": f"{OFF}3 0 1", "face.obj": f"{OBJ}f 1 2 a"}
 BAD |= {"huge.ply": PLY.replace("x 20", "x 1111111111111"), "no_z.ply": PLY.replace("z", "w")}
-GOT = {"a.las": "laspy", "nan.xyz": "2 of 22", "short.csv": "in line 4"}
+GOT = {"a.las": "laspy", "nan.xyz": "got 2 not finite", "short.csv": "in line 4"}
 WORDS = [b"-1", b"9" * 20, b"nan", b"1e400", b"\n", b", 3), }", b"/", b"\0"]
 
 

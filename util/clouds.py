@@ -6,6 +6,7 @@ Letters in shapes: B clouds of a batch, N points of each, T points of all clouds
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -57,12 +58,16 @@ class Clouds:
         return self.points[self.offsets[i] : self.offsets[i + 1]]
 
     def identities(self) -> list[str]:
-        """Each cloud's name, size, first and last point, which --resume compares."""
+        """Each cloud's name, size, ends and points' labels, for --resume."""
         first = self.points[self.offsets[:-1]]
         last = self.points[self.offsets[1:] - 1]
         ends = torch.cat([first, last], dim=1).cpu().numpy()  # (number of clouds, 6)
-        rows = zip(self.names, self.offsets.diff().tolist(), ends, strict=True)
-        return [f"{name} {size} {end.tobytes().hex()}" for name, size, end in rows]
+        sizes = self.offsets.diff().tolist()
+        marks = [0] * len(self)
+        if self.parts is not None:
+            marks = [zlib.crc32(part.numpy()) for part in self.parts.cpu().split(sizes)]
+        rows = zip(self.names, sizes, ends, marks, strict=True)
+        return [f"{name} {size} {end.tobytes().hex()} {mark}" for name, size, end, mark in rows]
 
     def to(self, device: torch.device | str) -> "Clouds":
         """The same clouds with all tensors on `device`."""

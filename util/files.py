@@ -361,7 +361,7 @@ def check_points(array: np.ndarray, drop_invalid: bool = False) -> np.ndarray:
     finite = np.isfinite(points).all(axis=1)
     wrong = len(points) - finite.sum()
     if wrong > 0 and not drop_invalid:
-        raise act.UserError(f"expected finite points, got {wrong} of {len(points)} not finite")
+        raise act.UserError(f"expected finite points or --drop-invalid, got {wrong} not finite")
     return points[finite]
 
 
