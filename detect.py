@@ -18,7 +18,6 @@ Shapes: B rooms, N points, Q queries, C classes, L decoder layers, K true boxes 
 its center (3) and its size (3), in metres, with faces along the axes.
 """
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +51,6 @@ CENTER_WEIGHT = 5.0  # of the distance of the centers in the loss
 CUBOID_TRIES = 100
 MIN_ASPECT = 0.8  # of the two most alike of a cuboid's sides, as shares of the room's
 MAX_ANGLE = 5  # degrees, of turns of a scan
-MAX_WIDTH = 200  # metres; a wider room is one in millimetres or centimetres
 
 
 @dataclass
@@ -61,9 +59,7 @@ class Config(run.RunConfig):
     checkpoint: str = run.flag("runs/student/last.pt", "a student; none: from scratch")
 
     def __post_init__(self):
-        for name in ("variant", "area", "cache", "drop_invalid"):
-            if getattr(self, name) != getattr(Config, name):
-                raise act.UserError(f"--{name.replace('_', '-')}: expected none for detection")
+        run.refuse_flags(self, ["variant", "area", "cache", "drop_invalid"], "detection")
 
 
 # -- loss ------------------------------------------------------------------------------------------
@@ -131,12 +127,6 @@ def match_boxes(logits, predicted, boxes, labels):
 
 
 # -- data ------------------------------------------------------------------------------------------
-def identity(scene):
-    """A room's name and a checksum, by which --resume notices other rooms."""
-    contents = scene.xyz.tobytes() + scene.boxes.tobytes() + scene.labels.tobytes()
-    return f"{scene.name} {zlib.crc32(contents)}"
-
-
 def random_cuboid(xyz, boxes, rng, min_points):
     """Masks of points (N,) and boxes (K,), by their centers, in a random cuboid of half to all of
     each side, two alike, with min_points and a box; of all, if 100 tries find none."""
@@ -250,7 +240,7 @@ def main(config):
     data = datasets.open_scans(config.data, config.points)
     for scene in data.train + data.test:
         width = np.ptp(scene.xyz, axis=0).max()
-        if width > MAX_WIDTH:
+        if width > clouds.MAX_WIDTH:
             raise act.UserError(f"{scene.name}: expected metres, got a room {width:.0f} m wide")
     config = run.plan(config, len(data.train))
     path = config.checkpoint
@@ -261,7 +251,8 @@ def main(config):
     print(f"size {config.size}, encoder {path}; {count:.1f} M parameters")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=WEIGHT_DECAY)
     net = run.parallel(model, config)
-    log, state = run.begin(config, model, optimizer, list(map(identity, data.train)))
+    names = [clouds.identity(s.name, s.xyz, s.boxes, s.labels) for s in data.train]
+    log, state = run.begin(config, model, optimizer, names)
     norms = run.new_norms(net, log.step)
     start = state["start"] if state else evaluate(model, data)["mean"]
 

@@ -26,8 +26,6 @@ import act
 from util import clouds, datasets, detector, files, inference, pictures, run
 from util.run import flag
 
-WIDEST = 200  # metres that a room may be wide
-
 
 # -- config ----------------------------------------------------------------------------------------
 @dataclass
@@ -139,7 +137,7 @@ def write_results(config, results, names):
 def warn_of_width(file, xyz):
     """Says on stderr that a room is too wide to be in metres."""
     width = np.ptp(xyz, axis=0).max()
-    if width > WIDEST:
+    if width > clouds.MAX_WIDTH:
         print(f"{file}: {width:.0f} m wide: metres?", file=sys.stderr, flush=True)
 
 

@@ -196,8 +196,7 @@ class Scenes(Segmentation):
             room = room._replace(xyz=room.xyz[order], labels=room.labels[order])
             repeats = max(1, len(order) // config.points)  # so that all its points are seen
             self.train += [room] * repeats
-            ends = room.xyz[[0, -1]].tobytes().hex()
-            self.names += [f"{room.name} {len(order)} {ends} {room.labels.sum()}"] * repeats
+            self.names += [clouds.identity(room.name, room.xyz, room.labels)] * repeats
         self.sizes = act.SegmenterConfig(**sizes, normalized=False, num_categories=0)
         self.sizes.num_parts = len(data.classes)
         self.sizes.class_names = data.classes

@@ -180,9 +180,9 @@ def plan_arm(runs: dict, config: Config, arm: Arm, seed: int) -> dict:
     folder = Path(config.out, arm.table, slug(arm.name), f"seed{seed}")
     common = {"--data": config.data, "--size": config.size, "--seed": str(seed)}
     defaults = {"teacher": {}, "student": {"--mask-ratio": MASK_RATIO[config.size]}}
-    for name in reversed(config.weights):
-        if name != "none":  # which has neither prompts nor a backbone's tokens
-            defaults["teacher"]["--weights"] = name
+    backbones = [name for name in config.weights if name != "none"]
+    if backbones:
+        defaults["teacher"]["--weights"] = backbones[0]
     last = None
     for stage in arm.stages:
         flags = common | defaults[stage]

@@ -11,7 +11,7 @@ import torch
 import act
 import detect
 from common import checkpoint, interrupt, randn, refused, rows_of, run_command, same
-from util import datasets, detector, metrics, run, synthetic
+from util import clouds, datasets, detector, metrics, run, synthetic
 
 pytest.importorskip("scipy")  # nothing is detected without it
 
@@ -115,7 +115,7 @@ def test_a_killed_run_resumes_bit_for_bit(student_run, monkeypatch, tmp_path):
 
 def test_rooms_differ_by_their_points_boxes_or_labels():
     changes = [{}, dict(xyz=ROOM.xyz + 1), dict(boxes=ROOM.boxes + 1), dict(labels=ROOM.labels + 1)]
-    assert len({detect.identity(ROOM._replace(**change)) for change in changes}) == 4
+    assert len({clouds.identity(*ROOM._replace(**change)) for change in changes}) == 4
 
 
 def test_other_flags_rooms_in_millimetres_and_a_missing_scipy_are_refused(monkeypatch):

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 import act
 
 MAX_POINTS = 16384  # A larger cloud keeps a random part of this size.
+MAX_WIDTH = 200  # metres; a wider room is one in millimetres or centimetres
 
 
 class Room(NamedTuple):  # Coordinates are in metres, and z points up.
@@ -33,6 +34,11 @@ class Scene(NamedTuple):  # Coordinates are in metres, and z points up.
     xyz: np.ndarray  # (n, 3) float32
     boxes: np.ndarray  # (m, 6) float32, center and size
     labels: np.ndarray  # (m,) int64, one per box
+
+
+def identity(name: str, *arrays: np.ndarray) -> str:
+    """A name and a checksum of arrays, by which --resume notices other contents."""
+    return f"{name} {zlib.crc32(b''.join(array.tobytes() for array in arrays))}"
 
 
 @dataclass

@@ -98,6 +98,15 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
     return config_class(**given)
 
 
+def refuse_flags(config, names: list[str], task: str) -> None:
+    """UserError if a flag among `names`, which the task does not use, was given."""
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(type(config), name):  # the class has the defaults
+            flag = name.replace("_", "-")
+            raise act.UserError(f"--{flag}: expected none for {task}, got {value}")
+
+
 def preset_help(presets: dict, task: str = "") -> str:
     """What each size, of each task, takes of the flags that are not given: a line for each."""
     text = ""

@@ -43,11 +43,7 @@ class TransferConfig(run.RunConfig):
     def __post_init__(self):
         if not self.out:
             self.out = f"runs/{self.task}"
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in self.unused.get(self.task, []) and value != field.default:
-                flag = field.name.replace("_", "-")
-                raise act.UserError(f"--{flag}: expected none for {self.task}, got {value}")
+        run.refuse_flags(self, self.unused.get(self.task, []), self.task)
 
 
 def describe(config: TransferConfig) -> str:
