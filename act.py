@@ -85,7 +85,6 @@ def farthest_point_sample(
 
 def knn(query: torch.Tensor, xyz: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k points of `xyz` nearest to each query, ties by index.
-
     query: (B, Q, 3), xyz: (B, N, 3) -> sqdist (B, Q, k) ascending, idx (B, Q, k) int64, where
     sqdist[b, q, j] = |query[b, q] - xyz[b, idx[b, q, j]]|^2 (squared unit, no gradient). Extra
     memory is bounded, whatever N and Q are. Raises ValueError if k > N."""
@@ -115,7 +114,6 @@ def knn(query: torch.Tensor, xyz: torch.Tensor, k: int) -> tuple[torch.Tensor, t
 
 def smallest(value: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k smallest of each row, ascending, and their indices, ties by index.
-
     value: (..., N), none below 0 -> (..., k) and (..., k) int64."""
     if k == 1:
         return value.min(dim=-1, keepdim=True)  # the first of equal minima
@@ -147,7 +145,6 @@ def group_points(
     xyz: torch.Tensor, num_group: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches of clouds (Sec. 4.1): farthest-point centres and the nearest points around each.
-
     xyz: (B, N, 3) -> neighborhood (B, G, S, 3), relative to its centre, nearest point first; center
     (B, G, 3). Raises ValueError for another shape, or too few points."""
     if xyz.ndim != 3 or xyz.shape[2] != 3:
@@ -160,7 +157,6 @@ def group_points(
 
 def chamfer_distance(a: torch.Tensor, b: torch.Tensor, norm: int = 1) -> torch.Tensor:
     """Chamfer distance of two batches of point sets, mean over the batch -> scalar.
-
     a: (B, N, 3), b: (B, N2, 3). norm=1: 1/2 (mean_a min_b |a - b| + mean_b min_a |a - b|), the
     paper's CD-L1, in the clouds' unit. norm=2: mean_a min_b |a - b|^2 + mean_b min_a |a - b|^2, in
     the squared unit, without 1/2. Gradients flow to both; memory is bounded."""
@@ -182,7 +178,6 @@ def chamfer_distance(a: torch.Tensor, b: torch.Tensor, norm: int = 1) -> torch.T
 
 def fscore(pred: torch.Tensor, target: torch.Tensor, threshold: float = 0.01) -> torch.Tensor:
     """F-score of each cloud: the harmonic mean of precision and recall, 0 where both are 0.
-
     pred: (B, N, 3), target: (B, N2, 3) -> (B,) in 0..1. `threshold` is a distance, not squared."""
     precision = (knn(pred, target, 1)[0].sqrt() < threshold).float().mean(dim=(1, 2))
     recall = (knn(target, pred, 1)[0].sqrt() < threshold).float().mean(dim=(1, 2))
@@ -191,7 +186,6 @@ def fscore(pred: torch.Tensor, target: torch.Tensor, threshold: float = 0.01) ->
 
 def interpolate(xyz: torch.Tensor, center: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Features interpolated from centres to points (PointNet++, Sec. 3.4).
-
     xyz: (B, N, 3), center: (B, G, 3), features: (B, G, C) -> (B, N, C): sum_j w_j features[j] over
     the 3 nearest centres (all if G < 3), w_j proportional to 1 / (d_j^2 + 1e-8), summing to 1."""
     sqdist, idx = knn(xyz, center, min(3, center.shape[1]))
@@ -272,7 +266,10 @@ class Block(nn.Module):
     def __init__(self, config: BackboneConfig, drop_path: float = 0.0):
         super().__init__()
         c = config
-        self.drop_rate = drop_path
+        keep_rate = None
+        if drop_path > 0:  # A tensor, for blocks are compiled anew for each number.
+            keep_rate = torch.tensor(1 - drop_path, dtype=torch.float64)
+        self.register_buffer("keep_rate", keep_rate, persistent=False)
         self.norm_first = c.norm_first
         self.norm1 = nn.LayerNorm(c.width, eps=c.eps)
         self.attn = Attention(c.width, c.num_heads, c.qkv_bias)
@@ -285,11 +282,11 @@ class Block(nn.Module):
         self.ls2 = LayerScale(c.width) if c.layer_scale else nn.Identity()
 
     def drop_path(self, x):
-        """In training, drops a sample's residual branch at the drop rate, else scales it up."""
-        if not self.training or self.drop_rate == 0:
+        """In training, keeps a sample's residual branch at the keep rate, and scales it up."""
+        if not self.training or self.keep_rate is None:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.drop_rate)
-        return x * (keep / (1 - self.drop_rate))
+        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(self.keep_rate)
+        return x * (keep / self.keep_rate)
 
     def keys_values(self, prompts):
         """What prompt tokens (1, P, C) contribute to this block's attention: k, v."""
@@ -340,7 +337,6 @@ class Backbone(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), normalised as published, -> (B, T, C) after the final norm.
-
         T: class token and the like, then the patches row by row. Positions are resampled to another
         size than the published one, as in timm. Raises ValueError if there is no image side."""
         c = self.config
@@ -358,12 +354,12 @@ class Backbone(nn.Module):
 
 
 def trunc_normal(*shape):
-    """A parameter of this shape, from a normal of deviation 0.02 truncated at +-2, as in timm."""
+    """A parameter from a normal of deviation 0.02 truncated at +-2, as in timm."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
 def init_linear(model, xavier=False):
-    """Initialises every Linear: weights truncated normal of 0.02, or Xavier uniform; biases 0."""
+    """Every Linear starts truncated normal of 0.02, or Xavier uniform; biases are 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             if xavier:
@@ -531,7 +527,6 @@ class TeacherOutput(NamedTuple):
 
 class Teacher(nn.Module):
     """The 3D autoencoder: patches -> codes -> prompted frozen backbone -> features -> patches.
-
     All is trained but the backbone, unless config.tune is "full". A given `backbone` is not copied:
     the teacher shares its blocks, without the image side, and freezes them."""
 
@@ -544,34 +539,28 @@ class Teacher(nn.Module):
         elif config.backbone is not None:
             backbone = Backbone(replace(config.backbone, patch_size=0))
         c = config
-        if backbone is not None:
-            c = replace(config, backbone=backbone.config)
-        self.config = c
+        self.config = config
         self.backbone = backbone
         self.encoder = PatchEmbed(c.encoder_dims)
         self.dgcnn_1 = DGCNN(c.encoder_dims, c.num_tokens)
         self.codebook = nn.Parameter(torch.randn(c.num_tokens, c.tokens_dims))
         if backbone is not None:
-            self.prepare_backbone()
+            backbone.requires_grad_(c.tune == "full")
+            backbone.eval()  # it has neither dropout nor batch statistics
+            self.config = replace(c, backbone=backbone.config)
+            width = backbone.config.width
+            self.proj_pre = nn.Linear(c.tokens_dims, width)
+            self.visual_pos_embed = pos_mlp(width)
+            self.proj_post = nn.Linear(width, c.tokens_dims)
+            if c.prompt != "none":
+                self.visual_prompt_token = trunc_normal(1, c.num_prompt, width)
+                self.visual_prompt_pos = trunc_normal(1, c.num_prompt, width)
+            if c.prompt == "deep":
+                depth = len(backbone.blocks) - 1
+                self.deep_prompt_tokens = trunc_normal(depth, c.num_prompt, width)
+                self.deep_prompt_pos = trunc_normal(depth, c.num_prompt, width)
         self.dgcnn_2 = DGCNN(c.tokens_dims, c.decoder_dims)
         self.decoder = FoldingDecoder(c.decoder_dims, c.group_size)
-
-    def prepare_backbone(self):
-        """Freezes the backbone, unless all is tuned; adds projections, positions and prompts."""
-        c = self.config
-        width = c.backbone.width
-        depth = c.backbone.depth
-        self.backbone.requires_grad_(c.tune == "full")
-        self.backbone.eval()  # it has neither dropout nor batch statistics
-        self.proj_pre = nn.Linear(c.tokens_dims, width)
-        self.visual_pos_embed = pos_mlp(width)
-        self.proj_post = nn.Linear(width, c.tokens_dims)
-        if c.prompt != "none":
-            self.visual_prompt_token = trunc_normal(1, c.num_prompt, width)
-            self.visual_prompt_pos = trunc_normal(1, c.num_prompt, width)
-        if c.prompt == "deep":
-            self.deep_prompt_tokens = trunc_normal(depth - 1, c.num_prompt, width)
-            self.deep_prompt_pos = trunc_normal(depth - 1, c.num_prompt, width)
 
     def train(self, mode=True):
         super().train(mode)
@@ -581,7 +570,6 @@ class Teacher(nn.Module):
 
     def prompt_keys_values(self) -> list:
         """Deep prompts as keys and values, (1, heads, P, C / heads) each, or None, for each layer.
-
         The outputs at prompts are dropped at every layer, so that prompts need no query, projection
         or MLP, nor do they depend on the cloud: one pass serves a batch, or a fixed teacher's whole
         run. This makes the backbone 1.9 times as fast."""
@@ -602,7 +590,6 @@ class Teacher(nn.Module):
 
     def backbone_tokens(self, tokens, center, prompts=None):
         """What the prompted backbone makes of codes, positions added at every block, normed.
-
         (B, G, tokens_dims), (B, G, 3) -> (B, G, width). prompts: prompt_keys_values(), if kept."""
         c = self.config
         x = self.proj_pre(tokens)  # (B, G, width)
@@ -666,7 +653,6 @@ class Teacher(nn.Module):
 
 def teacher_loss(output: TeacherOutput, kl_weight: float):
     """Stage I loss: (total, reconstruction, kl), total = reconstruction + kl_weight * kl.
-
     reconstruction: CD-L1 of coarse and of fine points to the patch, summed. kl: KL(uniform || q), q
     the codes' probabilities, mean over a cloud's patches; summed over codes, mean over clouds."""
     patch = output.neighborhood.flatten(0, 1)  # (B G, S, 3)
@@ -680,25 +666,35 @@ def teacher_loss(output: TeacherOutput, kl_weight: float):
 
 
 # -- student: stage II (Sec. 4.2), masked modelling against the teacher's features ----------------
+# share = (rank, world): the clouds are number rank, rank + world, ... of a batch, masked as in it.
 def random_mask(
-    center: torch.Tensor, ratio: float, generator: torch.Generator | None = None
+    center: torch.Tensor,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    share: tuple = (0, 1),
 ) -> torch.Tensor:
     """Masks int(ratio * G) random patches of each cloud: (B, G, 3) -> (B, G) bool."""
     B, G, _ = center.shape
+    rank, world = share
     device = generator.device if generator is not None else center.device
-    noise = torch.rand(B, G, generator=generator, device=device)
-    rank = noise.argsort(dim=1).argsort(dim=1)
-    return rank < int(ratio * G)
+    noise = torch.rand(B * world, G, generator=generator, device=device)[rank::world]
+    order = noise.argsort(dim=1).argsort(dim=1)
+    return order < int(ratio * G)
 
 
 def block_mask(
-    center: torch.Tensor, ratio: float, generator: torch.Generator | None = None
+    center: torch.Tensor,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    share: tuple = (0, 1),
 ) -> torch.Tensor:
     """Masks the int(ratio * G) patches nearest to a random one: (B, G, 3) -> (B, G) bool."""
     B, G, _ = center.shape
     M = int(ratio * G)
+    rank, world = share
     device = generator.device if generator is not None else center.device
-    seed = torch.randint(G, (B, 1), generator=generator, device=device).to(center.device)
+    seed = torch.randint(G, (B * world, 1), generator=generator, device=device)[rank::world]
+    seed = seed.to(center.device)
     mask = torch.zeros(B, G, dtype=torch.bool, device=center.device)
     if M > 0:
         _, idx = knn(gather_points(center, seed), center, M)  # (B, 1, M)
@@ -708,7 +704,6 @@ def block_mask(
 
 def split_mask(mask: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the visible (B, V) and of the masked (B, M) groups, each ascending.
-
     Raises ValueError if the counts differ. Pass a mask on the CPU: a GPU would wait to count it."""
     counts = mask.sum(dim=1).tolist()
     if min(counts) != max(counts):
@@ -726,6 +721,8 @@ class EncoderConfig:
     group_size: int = 32
     points: int = 0  # of a training cloud; 0: 16 per group
     normalized: bool = True  # clouds were centred and scaled into the unit sphere
+    center: tuple = (0.0, 0.0, 0.0)  # mean centre and radius of the training clouds, for clouds
+    radius: float = 1.0  # taken as stored
     width: int = 384
     depth: int = 12
     num_heads: int = 6
@@ -803,9 +800,8 @@ class Encoder(nn.Module):
 
 def select_patches(neighborhood, center, idx):
     """The patches idx (B, V) of each cloud: (B, V, S, 3), (B, V, 3)."""
-    B, V = idx.shape
     chosen = gather_points(neighborhood.flatten(2), idx)  # (B, V, 3 S)
-    return chosen.view(B, V, -1, 3), gather_points(center, idx)
+    return chosen.unflatten(2, (-1, 3)), gather_points(center, idx)
 
 
 class StudentDecoder(nn.Module):
@@ -840,7 +836,6 @@ class Student(nn.Module):
 
     def forward(self, neighborhood, center, mask, split=None):
         """(B, G, S, 3), (B, G, 3), (B, G) -> predictions (B, M, D) of the masked groups.
-
         `split` is split_mask(mask, device), if the caller has it; then `mask` is not read."""
         if split is None:
             split = split_mask(mask, center.device)
@@ -855,7 +850,6 @@ class Student(nn.Module):
 
     def encode(self, xyz):
         """All tokens of whole clouds, class token first: (B, N, 3) -> (B, 1 + G, C).
-
         Expects clouds as in training: `config.points` points, in the unit sphere if `normalized`;
         features of other densities do not compare. Arrays and any float type will do."""
         neighborhood, center = self.encoder.group(xyz)
@@ -866,7 +860,6 @@ def distillation_loss(
     prediction: torch.Tensor, target: torch.Tensor, kind: str = "cosine"
 ) -> torch.Tensor:
     """Stage II loss of predictions and targets (..., D) -> scalar.
-
     cosine: mean over tokens of 1 - cos; smooth_l1 (beta = 1), l2 (squared): mean over elements."""
     if prediction.shape != target.shape:
         expected = tuple(prediction.shape)
@@ -956,8 +949,7 @@ class Segmenter(nn.Module):
             cloud_dim += 64
             linear = nn.Linear(c.num_categories, 64, bias=False)
             self.label_conv = nn.Sequential(linear, nn.BatchNorm1d(64), nn.LeakyReLU(0.2))
-        propagation = dense(3 + dim, 4 * c.width) + dense(4 * c.width, 1024)
-        self.propagation = nn.Sequential(*propagation)
+        self.propagation = nn.Sequential(*dense(3 + dim, 4 * c.width), *dense(4 * c.width, 1024))
         head = dense(1024 + cloud_dim, 512) + [nn.Dropout(0.5)]
         self.head = nn.Sequential(*head, *dense(512, 256), nn.Linear(256, c.num_parts))
 
@@ -993,7 +985,6 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 
 
 def read_tensors(path) -> dict:
     """What a weight file holds, on the CPU: .safetensors, .npz, or else what torch.save wrote.
-
     Nothing in the file runs: torch.load admits tensors and plain values, .npz arrays only. Raises
     UserError if the file is broken, MissingFile if there is none."""
     path = Path(path)
@@ -1024,9 +1015,8 @@ def without_wrappers(state: dict) -> dict:
 
 
 def load_pretrained(path, num_heads: int | None = None) -> Backbone:
-    """A pretrained Backbone in eval mode from a file in timm's names.
-
-    num_heads: by HEADS if not given. Raises UserError if the file is missing, broken or unfit."""
+    """A pretrained Backbone in eval mode from a file in timm's names; num_heads: by default HEADS.
+    Raises UserError if the file is missing, broken or unfit."""
     state = read_tensors(path)
     for wrapping in ("model", "state_dict"):
         if isinstance(state, dict) and wrapping in state:
@@ -1041,8 +1031,7 @@ def load_pretrained(path, num_heads: int | None = None) -> Backbone:
 
 def backbone_config(state: dict, path, num_heads: int | None = None) -> BackboneConfig:
     """Sizes read off a state dict in timm's names. What no tensor shows is as in timm's ViT.
-
-    Raises UserError if the first block is unfit, or num_heads is not given and not in HEADS."""
+    Raises UserError if the first block is unfit or the number of heads unknown."""
     qkv = state.get("blocks.0.attn.qkv.weight", torch.empty(0))
     fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
     if qkv.ndim != 2 or fc1.ndim != 2:
@@ -1065,7 +1054,6 @@ def backbone_config(state: dict, path, num_heads: int | None = None) -> Backbone
 
 def build_backbone(state: dict, config: BackboneConfig, path) -> Backbone:
     """A Backbone in eval mode with exactly the tensors of a state dict in timm's names.
-
     `config` comes without an image side, added if the tensors have one. Raises as load_exactly."""
     state = dict(state)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"}.isdisjoint(state):
@@ -1079,7 +1067,6 @@ def build_backbone(state: dict, config: BackboneConfig, path) -> Backbone:
 
 def fold_image_side(state: dict, config: BackboneConfig, path) -> BackboneConfig:
     """The config with its image side; in the state, the tokens before patches become one tensor.
-
     Their positions are added to them. A table has rows for all of them, for all but the registers,
     or for none; SigLIP has no such token."""
     projection = state.get("patch_embed.proj.weight", torch.empty(0))
@@ -1131,7 +1118,6 @@ KINDS = {
 
 def read_checkpoint(path) -> dict:
     """A checkpoint of this project: a dict of `kind`, `config`, `model` (a state dict) and more.
-
     Raises UserError if the file holds anything else."""
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict):
@@ -1141,20 +1127,19 @@ def read_checkpoint(path) -> dict:
         raise UserError(f"{path}: expected a checkpoint, got a bare state dict: {how}")
     for name, kind in (("kind", str), ("config", dict), ("model", dict)):
         if not isinstance(checkpoint.get(name), kind):
-            found = list(checkpoint)[:3]
-            raise UserError(f"{path}: expected a checkpoint with a {name}, got {found}")
+            raise UserError(f"{path}: expected a checkpoint's {name}, got {list(checkpoint)[:3]}")
     return checkpoint | {"model": without_wrappers(checkpoint["model"])}
 
 
-def load(path, device="cpu") -> nn.Module:
-    """The Teacher, Student, Classifier or Segmenter of a checkpoint of this project, in eval mode.
-
-    Raises UserError if the file is missing, broken, of no known kind or unfit."""
+def load(path, device="cpu", kinds=None) -> nn.Module:
+    """The model of a checkpoint of this project, in eval mode: of one of `kinds`, a dict as KINDS.
+    Raises UserError if the file is missing, broken or unfit."""
     checkpoint = read_checkpoint(path)
     kind = checkpoint["kind"]
-    if kind not in KINDS:
-        raise UserError(f"{path}: expected a {', '.join(KINDS)}, got a {kind}")
-    model_class, config_class = KINDS[kind]
+    kinds = kinds or KINDS
+    if kind not in kinds:
+        raise UserError(f"{path}: expected a {', '.join(kinds)}, got a {kind}")
+    model_class, config_class = kinds[kind]
     try:
         model = model_class(config_class(**checkpoint["config"]))
     except (TypeError, ValueError, RuntimeError) as error:  # of sizes that fit no model
@@ -1172,7 +1157,8 @@ def save(obj: dict, path) -> None:
         with open(unfinished, "wb") as file:
             torch.save(obj, file)
         os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path}: it cannot be written: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch.save turns the first into the other
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"{path}: it cannot be written: {cause}") from error
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,11 +1,10 @@
 """Object detection in rooms (Sec. 5): the pretrained encoder in a set predictor after 3DETR.
 
-    python detect.py                            # after train_student.py: synthetic rooms
+    python detect.py  # after train_student.py: synthetic rooms
     python detect.py --data scannet_train_detection_data --size base --checkpoint student.pth
-    python predict.py my_rooms --checkpoint runs/detect/last.pt      # own rooms, metres, z up
+    python predict.py my_rooms --checkpoint runs/detect/last.pt  # own rooms, metres, z up
 
 The second is VoteNet's preparation of ScanNetV2 with its scannetv2_{train,val}.txt. Needs scipy.
-In boxes.png and .ply true boxes are green, predicted ones orange.
 
 --size base is the setting of 3DETR (Misra et al., ICCV 2021), with these deviations:
  1. The encoder is the pretrained one: patches of nearest points, positions relative to the room's
@@ -26,17 +25,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import act
-from util import clouds, datasets, detector, files, pictures, run
+from util import clouds, datasets, detector, files, pictures, processes, run
 from util.detector import select_detections  # noqa: F401, for other code
 from util.metrics import average_precision, box_iou, generalized_box_iou  # noqa: F401
 
-# -- config ----------------------------------------------------------------------------------------
 PRESETS = {  # base: as published
     "tiny": dict(points=4096, epochs=12, batch_size=8, lr=1e-3),
     "small": dict(points=20000, epochs=180, batch_size=8, lr=5e-4),
     "base": dict(points=40000, epochs=1080, batch_size=8, lr=5e-4),
 }
-# A short run learns faster without dropout and with its queries' own tokens.
+# A short run learns faster without dropout and from its queries' tokens.
 TINY = dict(num_group=128, group_size=16, num_queries=128, decoder_width=128, decoder_depth=4)
 TINY.update(drop_path=0.0, dropout=0.0, head_dropout=0.0, own_tokens=True)
 SMALL = dict(num_group=512, num_queries=128, decoder_depth=4, own_tokens=True)
@@ -44,13 +42,13 @@ DETECTORS = dict(tiny=TINY, small=SMALL, base={})  # what differs from DetectorC
 WEIGHT_DECAY = 0.1  # of every parameter, biases too
 MAX_GRAD_NORM = 0.1
 WARMUP_EPOCHS = 9
-EVALUATION_EPOCHS = 10  # from one evaluation to the next; also at the end
+EVALUATION_EPOCHS = 10  # from one evaluation to the next
 NO_OBJECT_WEIGHT = 0.25  # of a query without a box, in the class loss
 GIOU_COST = 2.0  # weight of GIoU in the matching
 CENTER_WEIGHT = 5.0  # of the distance of the centers in the loss
 CUBOID_TRIES = 100
 MIN_ASPECT = 0.8  # of the two most alike of a cuboid's sides, as shares of the room's
-MAX_ANGLE = 5  # degrees, of turns of a scan
+MAX_ANGLE = 5  # degrees, of a scan's turns
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Config(run.RunConfig):
     checkpoint: str = run.flag("runs/student/last.pt", "a student; none: from scratch")
 
     def __post_init__(self):
-        run.refuse_flags(self, ["variant", "area", "cache", "drop_invalid"], "detection")
+        run.refuse_flags(self, ["variant", "cache", "drop_invalid"], "detection")
 
 
 # -- loss ------------------------------------------------------------------------------------------
@@ -77,53 +75,54 @@ def assign(cost):
 
 
 def layer_loss(logits, center, size, extent, boxes, labels):
-    """Loss of a decoder layer, and its weighted parts {"class", "giou", "center", "size"}, of boxes
-    means over those of all processes. logits (B, Q, C + 1), "no object" last; center, size
+    """Loss of a decoder layer, and its weighted parts {"class", "giou", "center", "size"}, means
+    over the boxes of all processes. logits (B, Q, C + 1), "no object" last; center, size
     (B, Q, 3); extent (B, 3) of the rooms; lists of the rooms' boxes (K, 6) and labels (K,)."""
     return detection_loss(logits[None], center[None], size[None], extent, boxes, labels)
 
 
 def detection_loss(logits, center, size, extent, boxes, labels):
-    """layer_loss of outputs (L, B, Q, ...): the sum over all layers, and the last one's parts."""
+    """layer_loss of outputs (L, B, Q, ...): the sum over layers, and the last one's parts."""
+    L, B, Q, _ = logits.shape
+    device = logits.device
+    counts = list(map(len, boxes))
+    room = torch.arange(B).repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
+    boxes = torch.cat(boxes).to(device, non_blocking=True)
+    labels = torch.cat(labels).to(device, non_blocking=True)
     predicted = torch.cat([center, size], dim=-1)  # (L, B, Q, 6)
-    room, queries = match_boxes(logits, predicted, boxes, labels)
-    boxes = torch.cat(boxes)
-    labels = torch.cat(labels)
-    count = run.sum_over_processes(torch.tensor(float(len(boxes)), device=boxes.device)) / run.WORLD
-    count = count.clamp_min(1)
+    queries = match_boxes(logits, predicted, room, boxes, labels, counts)
+    count = processes.average(torch.full((), float(len(boxes)), device=device))
     weight = torch.ones_like(logits[0, 0, 0])  # (C + 1,)
     weight[-1] = NO_OBJECT_WEIGHT
+    weights = count + NO_OBJECT_WEIGHT * (B * Q - count)
+    count = count.clamp_min(1)
+    layers = torch.arange(L, device=device)[:, None]
+    matched = predicted[layers, room, queries]  # (L, K, 6)
+    giou = generalized_box_iou(matched[:, :, None], boxes[:, None])  # (L, K, 1, 1)
+    distance = (matched - boxes).abs() / extent[room].repeat(1, 2)  # (L, K, 6)
+    target = torch.full((L, B, Q), len(weight) - 1, device=device)
+    target[layers, room, queries] = labels
     loss = 0.0
-    for i, query in enumerate(queries):
-        target = torch.full(logits.shape[1:3], len(weight) - 1, device=logits.device)  # (B, Q)
-        target[room, query] = labels
-        matched = predicted[i, room, query]  # (K of all rooms, 6)
-        giou = generalized_box_iou(matched[:, None], boxes[:, None])
-        distance = (matched - boxes).abs() / extent[room].repeat(1, 2)
-        parts = {"class": F.cross_entropy(logits[i].flatten(0, 1), target.flatten(), weight)}
-        parts["giou"] = (1 - giou).sum() / count
-        parts["center"] = CENTER_WEIGHT * distance[:, :3].sum() / count
-        parts["size"] = distance[:, 3:].sum() / count
+    for i in range(L):
+        rows = logits[i].flatten(0, 1)  # (B Q, C + 1)
+        error = F.cross_entropy(rows, target[i].flatten(), weight, reduction="sum")
+        parts = {"class": error / weights}
+        parts["giou"] = (1 - giou[i]).sum() / count
+        parts["center"] = CENTER_WEIGHT * distance[i, :, :3].sum() / count
+        parts["size"] = distance[i, :, 3:].sum() / count
         loss = loss + sum(parts.values())
     return loss, parts
 
 
 @torch.no_grad()
-def match_boxes(logits, predicted, boxes, labels):
-    """Room (K,) of each true box of all rooms and, by layer, its query (L, K), at the minimum total
-    of -p(class) - 2 GIoU. Costs and queries are copied once for all layers."""
-    probability = logits.softmax(dim=-1)  # (L, B, Q, C + 1)
-    costs = []
-    for b in range(len(boxes)):
-        giou = generalized_box_iou(boxes[b], predicted[:, b])  # (L, K, Q)
-        costs.append(-probability[:, b][..., labels[b]].mT - GIOU_COST * giou)
-    counts = [len(room_boxes) for room_boxes in boxes]
-    queries = []
-    for layer in torch.cat(costs, dim=1).cpu():  # (K of all rooms, Q)
-        queries.append(torch.cat([assign(cost) for cost in layer.split(counts)]))
-    room = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
-    indices = torch.stack([room] + queries).to(logits.device)
-    return indices[0], indices[1:]
+def match_boxes(logits, predicted, room, boxes, labels, counts):
+    """The queries of all rooms' true boxes by layer (L, K), at the minimum total of -p(class) -
+    2 GIoU. A GPU is waited for once: the costs of all layers are one copy."""
+    probability = logits.softmax(dim=-1).permute(1, 3, 0, 2)[room, labels]  # (K, L, Q)
+    giou = generalized_box_iou(boxes[:, None], predicted[:, room])[:, :, 0]  # (L, K, Q)
+    costs = (-probability.transpose(0, 1) - GIOU_COST * giou).cpu()  # (L, K, Q)
+    queries = [assign(cost) for cost in costs.flatten(0, 1).split(counts * len(costs))]
+    return torch.cat(queries).view(costs.shape[:2]).to(logits.device, non_blocking=True)
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def random_cuboid(xyz, boxes, rng, min_points):
     everything = np.ones(len(xyz), bool), np.ones(len(boxes), bool)
     if len(xyz) < min_points:
         return everything
-    planes = np.ascontiguousarray(xyz.T)  # (3, N): a try takes a 17th of the time by rows
+    planes = np.ascontiguousarray(xyz.T)  # (3, N): a try takes a 17th of the time
     extent = np.ptp(planes, axis=1)
     for _ in range(CUBOID_TRIES):
         ratio = rng.uniform(0.5, 1, 3)
@@ -141,12 +140,12 @@ def random_cuboid(xyz, boxes, rng, min_points):
         ascending = np.sort(ratio)
         if max(ascending[:2] / ascending[1:]) < MIN_ASPECT:
             continue
-        inside = (abs(planes - middle[:, None]) <= (ratio * extent / 2)[:, None]).all(axis=0)
+        inside = (abs(planes - middle[:, None]) <= (ratio * extent / 2)[:, None]).all(0)
         if np.count_nonzero(inside) < min_points:
             continue
         kept = xyz[inside]
         center = boxes[:, :3]
-        held = ((center >= kept.min(axis=0)) & (center <= kept.max(axis=0))).all(axis=1)
+        held = ((center >= kept.min(0)) & (center <= kept.max(0))).all(1)
         if held.any():
             return inside, held
     return everything
@@ -174,15 +173,15 @@ def sample_room(scene, num_points, rng, augment=""):
     return xyz @ matrix, np.hstack([boxes[:, :3] @ matrix, size]), labels
 
 
-def sample(scenes, num_points, rng, augment="", device="cpu"):
-    """A batch of rooms: points (B, N, 3), and lists of the rooms' boxes and labels."""
-    batch = [[], [], []]
-    for scene in scenes:
-        room = sample_room(scene, num_points, rng, augment)
-        for values, array in zip(batch, room, strict=True):
-            values.append(torch.from_numpy(array).to(device))
-    xyz, boxes, labels = batch
-    return torch.stack(xyz), boxes, labels
+def sample(scenes, num_points, rng, augment="", device="cpu", share=(0, 1)):
+    """Rooms rank::world of a batch, for a share (rank, world): points (B, N, 3), lists of boxes and
+    labels on the CPU. Random numbers are the whole batch's."""
+    rank, world = share
+    rooms = [sample_room(scene, num_points, rng, augment) for scene in scenes][rank::world]
+    xyz = torch.from_numpy(np.stack([room[0] for room in rooms]))
+    boxes = [torch.from_numpy(room[1]) for room in rooms]
+    labels = [torch.from_numpy(room[2]) for room in rooms]
+    return xyz.to(device, non_blocking=True), boxes, labels
 
 
 # -- model -----------------------------------------------------------------------------------------
@@ -200,36 +199,35 @@ def build_model(config, classes, student=None):
     return model
 
 
-# -- results ---------------------------------------------------------------------------------------
 def evaluate(model, data):
-    """{class with true boxes, or "mean": {ap25, ap50, recall}} in percent."""
+    """{class with true boxes, or "mean" of these: {ap25, ap50, recall}} in percent."""
     detections = detector.find_boxes(model, data.test)
-    truths = [(torch.from_numpy(room.boxes), torch.from_numpy(room.labels)) for room in data.test]
+    truths = [(torch.tensor(room.boxes), torch.tensor(room.labels)) for room in data.test]
     ap25, recall = average_precision(detections, truths, len(data.classes), 0.25)
     ap50, _ = average_precision(detections, truths, len(data.classes), 0.5)
     figures = 100 * torch.stack([ap25, ap50, recall], dim=1)  # (C, 3)
-    names = ("ap25", "ap50", "recall")
+    rows = torch.cat([figures, figures.nanmean(0, keepdim=True)])
     table = {}
-    for label, row in zip(data.classes, figures, strict=True):
+    for label, row in zip(list(data.classes) + ["mean"], rows, strict=True):
         if not row.isnan().any():
-            table[label] = dict(zip(names, row.tolist(), strict=True))
-    table["mean"] = dict(zip(names, figures.nanmean(dim=0).tolist(), strict=True))
+            table[label] = dict(zip(("ap25", "ap50", "recall"), row.tolist(), strict=True))
     return table
 
 
-def draw_boxes(path, model, scenes):
-    """Writes a picture and a cloud of rooms with true and predicted boxes."""
+def draw_boxes(path, scenes, detections):
+    """A picture and a cloud of rooms with true and predicted boxes."""
     colors = [(0.1, 0.5, 0.2), (0.9, 0.4, 0.1)]  # green and orange
     tiles = []
-    for scene, (boxes, scores) in zip(scenes, detector.find_boxes(model, scenes), strict=True):
+    for scene, (boxes, scores) in zip(scenes, detections, strict=True):
         found = boxes[scores.amax(dim=1) > detector.SCORE_THRESHOLD].numpy()
         box_colors = np.repeat(colors, [len(scene.boxes), len(found)], axis=0)
-        low = scene.xyz.min(axis=0) + [0.1, 0.1, -1]  # no walls, no ceiling
-        high = scene.xyz.max(axis=0) - 0.1
-        inner = scene.xyz[((scene.xyz > low) & (scene.xyz < high)).all(axis=1)]
+        low = scene.xyz.min(0) + [0.1, 0.1, -1]  # no walls or ceiling
+        high = scene.xyz.max(0) - 0.1
+        inner = scene.xyz[((scene.xyz > low) & (scene.xyz < high)).all(1)]
         xyz, painted = detector.outline(inner, np.concatenate([scene.boxes, found]), box_colors)
         tiles.append((clouds.normalize(xyz)[:, [1, 2, 0]], painted))  # y up
-    pictures.write_gallery(path, [tiles])
+    caption = "true boxes green, predicted ones orange, in " + ", ".join(s.name for s in scenes)
+    pictures.write_gallery(path, [tiles], caption=caption)
 
 
 def main(config):
@@ -241,33 +239,34 @@ def main(config):
     for scene in data.train + data.test:
         width = np.ptp(scene.xyz, axis=0).max()
         if width > clouds.MAX_WIDTH:
-            raise act.UserError(f"{scene.name}: expected metres, got a room {width:.0f} m wide")
+            raise act.UserError(f"{scene.name}: expected metres, got a width of {width:.0f}")
     config = run.plan(config, len(data.train))
     path = config.checkpoint
     student = run.load_model(path, "cpu", act.Student) if path != "none" else None
     model = build_model(config, data.classes, student).to(device)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{datasets.describe(data)}\n{device} x {run.WORLD}, {config.precision}; ", end="")
+    print(f"{datasets.describe(data)}\n{device} x {processes.WORLD}, {config.precision}; ", end="")
     print(f"size {config.size}, encoder {path}; {count:.1f} M parameters")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=WEIGHT_DECAY)
-    net = run.parallel(model, config)
     names = [clouds.identity(s.name, s.xyz, s.boxes, s.labels) for s in data.train]
     log, state = run.begin(config, model, optimizer, names)
+    start = state["start"] if state else evaluate(model, data).get("mean", {})
+    net = processes.parallel(model, config)
     norms = run.new_norms(net, log.step)
-    start = state["start"] if state else evaluate(model, data)["mean"]
 
     # -- loop
+    share = processes.SHARE
     warmup = WARMUP_EPOCHS * (len(data.train) // config.batch_size)
-    table = {}  # of the latest epoch, if it was evaluated
+    table = {}  # of the latest epoch, if evaluated
     for epoch in range(log.epoch, config.epochs):
         net.train()
         for batch in run.epoch_batches(config, len(data.train), epoch, log.step):
             run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             run.seed_step(config.seed, log.step, device)
-            rng = np.random.default_rng([config.seed, log.step, run.RANK])
-            scenes = [data.train[i] for i in batch[run.RANK :: run.WORLD]]
-            xyz, boxes, labels = sample(scenes, config.points, rng, augment, device)
+            rng = np.random.default_rng([config.seed, log.step, 0])
+            scenes = [data.train[i] for i in batch]
+            xyz, boxes, labels = sample(scenes, config.points, rng, augment, device, share)
             with run.autocast(config, device):
                 logits, center, size, extent = net(xyz)
             loss, parts = detection_loss(logits, center, size, extent, boxes, labels)
@@ -275,24 +274,26 @@ def main(config):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
-            log.add(loss=loss, **parts, grad_norm=grad_norm, lr=lr)  # parts of the last layer
-        due = run.RANK == 0 and (epoch + 1) % EVALUATION_EPOCHS == 0
+            log.add(loss=loss, **parts, grad_norm=grad_norm, lr=lr)  # the last layer's parts
+        due = (epoch + 1) % EVALUATION_EPOCHS == 0
         table = evaluate(model, data) if due else {}
         log.end_epoch(**table.get("mean", {}))
         run.save(log, model, optimizer, start=start)
 
     # -- results
-    if run.RANK > 0:
-        return
     if not table:
         table = evaluate(model, data)
-    print("in percent; start: the mean before training")
+    rooms = data.test[:3]
+    detections = detector.find_boxes(model, rooms)
+    if processes.RANK > 0:
+        return
+    print("in percent, where test rooms have boxes; start: before training")
     for name, row in ({"start": start} | table).items():
         shown = "  ".join(f"{key} {value:5.1f}" for key, value in row.items())
         print(f"{name:14}  {shown}")
-    draw_boxes(log.folder / "boxes", model, data.test[:3])
+    draw_boxes(log.folder / "boxes", rooms, detections)
     pictures.write_chart(log.folder / "loss.svg", log.rows)
-    closing = table.pop("mean") | {f"{name}_start": value for name, value in start.items()}
+    closing = table.pop("mean", {}) | {f"{name}_start": start[name] for name in start}
     log.close(**closing, classes=table)
 
 

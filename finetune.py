@@ -14,7 +14,6 @@ for --task fewshot). --checkpoint is a student, our own or an official file. Lea
 predict.py), metrics.jsonl, config.json, loss.svg, confusion.png and a picture of six test clouds.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,8 @@ import numpy as np
 import torch
 
 import act
-from util import clouds, datasets, inference, metrics, pictures, run, transfer
+from util import clouds, datasets, files, inference, metrics, pictures, processes, run, transfer
 
-# -- config ----------------------------------------------------------------------------------------
 PRESETS = {  # base: as published (Sec. 5, and Point-MAE's settings)
     "classify": {
         "tiny": dict(points=1024, epochs=8, batch_size=32, lr=5e-4),
@@ -40,7 +38,6 @@ PRESETS = {  # base: as published (Sec. 5, and Point-MAE's settings)
     },
     "svm": {"tiny": dict(points=1024), "small": dict(points=1024), "base": dict(points=1024)},
 }
-FROZEN_LR = 1e-3  # instead, for the protocols that freeze the encoder
 QUERIES = 20  # test clouds per class of a few-shot episode
 FOLDS = 10  # few-shot episodes
 SHOWN = 6  # test clouds in the picture
@@ -63,13 +60,12 @@ class Config(transfer.TransferConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.protocol != "full" and self.lr is None:
-            self.lr = FROZEN_LR
+            self.lr = 1e-3  # since the encoder is frozen
 
 
 def settle(config, given, data, source):
     """The config with --points and --augment, which depend on the data (None: published ones)."""
     scanned = data is not None and data.name.startswith("ScanObjectNN")
-    config = replace(config)
     if given.points is None and config.task == "svm" and source is not None:
         config.points = source.config.points
     elif given.points is None and scanned and config.size != "tiny":
@@ -80,7 +76,6 @@ def settle(config, given, data, source):
     return config
 
 
-# -- classification --------------------------------------------------------------------------------
 class Classification(transfer.Task):
     """A class for each cloud."""
 
@@ -96,6 +91,8 @@ class Classification(transfer.Task):
         self.classes = self.train.classes
         self.sizes = act.ClassifierConfig(**sizes, num_classes=len(self.classes))
         self.sizes.normalized = self.train.normalized
+        if not self.train.normalized:  # for predict.py, to bring other clouds there
+            self.sizes.center, self.sizes.radius = data.train.frame()
         self.sizes.class_names = self.classes
         if config.protocol == "linear":
             self.sizes.head = "linear"
@@ -103,20 +100,17 @@ class Classification(transfer.Task):
             self.metric = "accuracy"
 
     def build_model(self):
-        model = act.Classifier(self.sizes)
-        if self.config.task == "svm":
-            del model.head  # the features are the encoder's
-        return model
+        return act.Classifier(self.sizes)
 
     def sample(self, indices, step, generator):
-        xyz, _ = self.train.sample(indices, self.config.points, generator)
-        return xyz, self.train.labels[indices.to(self.device)], None
+        xyz, _ = self.train.sample(indices, self.config.points, generator, processes.SHARE)
+        own = processes.share(indices).to(self.device, non_blocking=True)
+        return xyz, self.train.labels[own], None
 
     def evaluate(self, model):
         """Accuracy by the farthest points of each test cloud."""
         model.eval()
-        logits = torch.stack(clouds.each_cloud(model, self.test, self.config.points))
-        self.predicted = logits.argmax(dim=1)
+        self.predicted = inference.each_cloud(model, self.test, self.config.points).argmax(dim=1)
         self.matrix = metrics.confusion(self.test.labels, self.predicted, len(self.classes))
         return metrics.accuracy(self.matrix)
 
@@ -148,7 +142,7 @@ class Classification(transfer.Task):
         gray = (255 - 255 * shares).byte().numpy().repeat(16, axis=0).repeat(16, axis=1)
         pictures.write_png(folder / "confusion.png", gray[..., None].repeat(3, axis=2))
         shown = {}
-        for i in range(0, len(self.test), math.ceil(len(self.test) / SHOWN)):
+        for i in range(0, len(self.test), -(-len(self.test) // SHOWN)):  # rounded up
             truth = int(self.test.labels[i])
             predicted = int(self.predicted[i])
             name = f"{self.test.names[i]} ({self.classes[truth]}: {self.classes[predicted]})"
@@ -156,10 +150,6 @@ class Classification(transfer.Task):
         transfer.write_examples(folder / "classify", shown, pictures.palette(len(self.classes)))
 
 
-TASKS = {"classify": Classification, "fewshot": Classification, "svm": Classification}
-
-
-# -- few-shot --------------------------------------------------------------------------------------
 def draw_episode(data, way, shot, fold):
     """An episode of `way` classes, the same for every --seed: `shot` support, <= QUERIES query."""
     support = data.train.labels.bincount(minlength=len(data.train.classes))
@@ -170,18 +160,14 @@ def draw_episode(data, way, shot, fold):
         raise act.UserError(f"--way {way} --shot {shot}: expected {expected}")
     rng = np.random.default_rng([way, shot, fold])
     chosen = rng.permutation(enough)[:way].tolist()
-    train = draw_clouds(data.train, chosen, shot, rng)
-    test = draw_clouds(data.test, chosen, QUERIES, rng)
-    return datasets.Dataset(data.name, train, test)
-
-
-def draw_clouds(split, chosen, count, rng):
-    """Up to `count` clouds of each class in `chosen`, whose labels become 0, 1, ... in turn."""
-    drawn = [rng.permutation(np.flatnonzero(split.labels == c))[:count] for c in chosen]
-    labels = np.repeat(np.arange(len(chosen)), list(map(len, drawn)))
-    classes = [split.classes[c] for c in chosen]
-    selected = split.select(np.concatenate(drawn))
-    return replace(selected, labels=torch.from_numpy(labels), classes=classes)
+    classes = [data.train.classes[label] for label in chosen]
+    splits = []
+    for split, count in ((data.train, shot), (data.test, QUERIES)):
+        drawn = [rng.permutation(np.flatnonzero(split.labels == c))[:count] for c in chosen]
+        labels = torch.from_numpy(np.repeat(np.arange(way), list(map(len, drawn))))
+        split = split.select(np.concatenate(drawn))
+        splits.append(replace(split, labels=labels, classes=classes))
+    return datasets.Dataset(data.name, splits[0], splits[1])
 
 
 def fewshot(config, data, sizes, source, device):
@@ -198,66 +184,62 @@ def fewshot(config, data, sizes, source, device):
     for fold, episode in enumerate(episodes):
         fold_config = replace(config, out=f"{config.out}/fold_{fold}")
         print(f"fold {fold}, {fold + 1} of {FOLDS}: {', '.join(episode.train.classes)}")
-        task = TASKS[config.task](fold_config, episode, sizes, device)
+        task = Classification(fold_config, episode, sizes, device)
         log = transfer.train(fold_config, task, source, device)
         accuracies.append(log.rows[-1].get("accuracy"))  # None but on the first process
-    if run.RANK == 0:
-        log, _ = run.begin(replace(config, resume=False), task.build_model(), None, [])
+    log, _ = run.begin(replace(config, resume=False), task.build_model(), None, [])
+    if processes.RANK == 0:
         figures = dict(accuracy=np.mean(accuracies).item(), folds=accuracies)
         figures["accuracy_std"] = np.std(accuracies, ddof=1).item()
         transfer.close(log, config, figures)
 
 
-# -- linear SVM ------------------------------------------------------------------------------------
 def svm(config, data, sizes, source, device):
     """A linear SVM on the frozen features of all training clouds."""
-    if not Path(config.features).parent.is_dir():
-        raise act.UserError(f"--features {config.features}: expected a folder that exists")
-    task = TASKS[config.task](config, data, sizes, device)
+    task = Classification(config, data, sizes, device)
     torch.manual_seed(config.seed)
-    model = transfer.start_model(config, task.build_model(), source).to(device).eval()
+    model = task.build_model()
+    del model.head  # the features are the encoder's
+    model = transfer.start_model(config, model, source).to(device).eval()
     log, _ = run.begin(config, model, None, task.names)
     feature = partial(inference.cloud_feature, model)
-    train = torch.stack(clouds.each_cloud(feature, task.train, config.points))  # (n, 2 C)
-    test = torch.stack(clouds.each_cloud(feature, task.test, config.points))
+    train = inference.each_cloud(feature, task.train, config.points)  # (n, 2 C)
+    test = inference.each_cloud(feature, task.test, config.points)
+    if processes.RANK > 0:
+        return
     percent, C = metrics.svm_accuracy(train, task.train.labels, test, task.test.labels)
     transfer.close(log, config, {"accuracy": percent, "C": C})
     if config.features:
-        arrays = {"features": torch.cat([train, test]).cpu(), "class_names": task.classes}
-        arrays["names"] = task.train.names + task.test.names
-        arrays["labels"] = torch.cat([task.train.labels, task.test.labels]).cpu()
-        arrays["split"] = np.repeat(["train", "test"], [len(train), len(test)])
-        np.savez(config.features, **arrays)
+        x = torch.cat([train, test]).cpu()
+        names = task.train.names + task.test.names
+        y = torch.cat([task.train.labels, task.test.labels]).cpu()
+        split = np.repeat(["train", "test"], [len(train), len(test)])
+        with files.complete_file(config.features) as file:
+            np.savez(file, features=x, names=names, labels=y, split=split, class_names=task.classes)
 
 
-# -- main ------------------------------------------------------------------------------------------
 def main(given):
-    # -- config
+    inference.check_features(given.features)
     preset, device = run.setup(given, PRESETS[given.task])
     source = transfer.load_source(preset)
-
-    # -- data
     data = None
     if preset.task == "fewshot" and any(Path(preset.data).glob("*way_*shot")):
         print(f"{preset.data}: published episodes")
     else:
-        data = datasets.open_dataset(
-            preset.data, preset.cache or None, preset.variant, preset.area, preset.drop_invalid
-        )
+        options = dict(variant=preset.variant, drop_invalid=preset.drop_invalid)
+        data = datasets.open_dataset(preset.data, cache=preset.cache or None, **options)
         print(datasets.describe(data))
         if data.train.labels is None:
             raise act.UserError(f"{preset.data}: expected a sub-folder for each class")
     config = settle(preset, given, data, source)
     sizes = transfer.encoder_sizes(config, source, given.size)
-    print(f"{transfer.describe(config)}, on {device} x {run.WORLD}")
-
-    # -- model, optimizer, loop, results
+    print(f"{transfer.describe(config)}, on {device} x {processes.WORLD}")
     if config.task == "fewshot":
         fewshot(config, data, sizes, source, device)
-    elif config.task != "svm":
-        transfer.train(config, TASKS[config.task](config, data, sizes, device), source, device)
-    elif run.RANK == 0:
+    elif config.task == "svm":
         svm(config, data, sizes, source, device)
+    else:
+        transfer.train(config, Classification(config, data, sizes, device), source, device)
 
 
 if __name__ == "__main__":

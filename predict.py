@@ -6,7 +6,8 @@
     python predict.py my_rooms --checkpoint runs/scene/last.pt     # or detect: metres, z up
 
 Files are clouds or meshes, or folders of them. A broken one is named on stderr; then the exit code
-is 2. The checkpoint, ours or official, decides what is written to --out:
+is 2. The checkpoint, ours or official, decides what is written to --out, in the folders that the
+files have below the one they share. Earlier results there move to earlier-<time>/ beside them.
 
     Classifier   predictions.csv: the class of each file and the probability of each class
     Segmenter    <file>.npz (points, labels, label_names), coloured <file>.ply, legend labels.csv
@@ -15,6 +16,8 @@ is 2. The checkpoint, ours or official, decides what is written to --out:
                  class_names, and labels by the names of the files' folders, else -1
 """
 
+import itertools
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,6 @@ from util import clouds, datasets, detector, files, inference, pictures, run
 from util.run import flag
 
 
-# -- config ----------------------------------------------------------------------------------------
 @dataclass
 class Config:
     files: list = flag((), "clouds, or folders of them", kind="positional")
@@ -43,11 +45,9 @@ class Config:
 def check_flags(config, model):
     """Raises UserError for flags that do not fit the checkpoint's kind of model."""
     kind = type(model).__name__
-    path = Path(config.features)
     if config.features and kind not in ("Classifier", "Student"):
         raise act.UserError(f"--features: expected a Classifier or Student, got a {kind}")
-    if config.features and not (path.suffix == ".npz" and path.parent.is_dir()):
-        raise act.UserError(f"--features: expected an .npz in some folder, got {path}")
+    inference.check_features(config.features)
     if kind == "Student" and not config.features:
         raise act.UserError(f"{config.checkpoint}: expected --features for a Student, got none")
     least = model.config.group_size
@@ -58,7 +58,6 @@ def check_flags(config, model):
         raise act.UserError(f"--category: expected a model with categories, got a {kind} without")
 
 
-# -- model and files -------------------------------------------------------------------------------
 def open_model(path, device):
     """The model of a checkpoint, in eval mode, with the names that official files do not tell."""
     obj = act.read_tensors(path)
@@ -79,48 +78,69 @@ def open_model(path, device):
     return model
 
 
+def locate(path):
+    """The absolute path, through links as given: their names, not their targets', say the class."""
+    if ".." in path.parts:  # the folder above the target of a link
+        return path.parent.resolve() / path.name
+    return path.absolute()
+
+
 def name_outputs(paths, folder):
-    """Path -> the path of its results, without a suffix, in `folder`; no two are the same."""
+    """Path -> the path of its results, without a suffix: the files' tree, from the folder that all
+    share, is kept below `folder`. One file is there once, by whatever paths it was given."""
     sources = {}
     for path in paths:
-        target = folder / "-".join(part for part in path.parts if part not in ("..", path.anchor))
-        while target in sources:
-            target = target.with_name(target.name + "-")  # another path is joined to the same
-        sources[target] = path
-    return {path: target for target, path in sources.items()}
+        sources.setdefault(os.path.realpath(path), path)
+    shared = os.path.commonpath([locate(path).parent for path in sources.values()])
+    return {path: folder / locate(path).relative_to(shared) for path in sources.values()}
 
 
-# -- classes and features --------------------------------------------------------------------------
+def make_room(config, outputs, inputs):
+    """Moves earlier results aside in their folders. UserError, before that, if one is an input."""
+    real = set(map(os.path.realpath, inputs))
+    for path in filter(None, outputs + [config.features]):
+        if os.path.realpath(path) in real:
+            raise act.UserError(f"{path}: expected a place for results, got a file to predict")
+    for folder, earlier in itertools.groupby(filter(os.path.exists, outputs), os.path.dirname):
+        run.move_aside(list(earlier), Path(folder))
+
+
+def check_points(file, xyz, num_group):
+    """UserError unless a file has a different point for each patch."""
+    number = int(clouds.count_distinct(torch.from_numpy(xyz), torch.tensor([0, len(xyz)])))
+    if number < num_group:
+        raise act.UserError(f"{file}: expected {num_group} different points, got {number}")
+
+
 @torch.no_grad()
 def predict_class(config, model, file, target):
-    """(class by its folder or -1, feature (2 C,), probability of each class) of a file. Prints the
-    two likeliest classes, writes nothing."""
+    """(class by its folder or -1, feature (2 C,), probabilities) of a file, the likeliest shown."""
     c = model.config
-    xyz = files.read_cloud(file, c.points, c.normalized, config.drop_invalid)  # (n, 3) float32
-    if len(np.unique(xyz, axis=0)) < c.num_group:
-        raise act.UserError(f"{file}: expected {c.num_group} different points, got fewer")
+    frame = None if c.normalized else (c.center, c.radius)
+    xyz = files.read_cloud(file, c.points, c.normalized, config.drop_invalid, frame)
+    check_points(file, xyz, c.num_group)
     feature = inference.cloud_feature(model, torch.from_numpy(xyz[None]))
-    names = []
+    names = getattr(c, "class_names", [])  # a Student has none
     probability = []
-    if isinstance(model, act.Classifier):
-        names = c.class_names
+    if names:
         probability = model.head(feature)[0].softmax(dim=0).tolist()
     best = sorted(zip(probability, names, strict=True), reverse=True)[:2]
     shown = ", ".join(f"{name} {value:.3f}" for value, name in best)
     print(f"{file}  {shown}".rstrip(), flush=True)
     label = -1
-    for folder in reversed(file.resolve().parents[:2]):  # <class>/a.ply or <class>/test/a.ply
-        if folder.name in names:
-            label = names.index(folder.name)
+    for folder in reversed(locate(file).parents[:2]):  # <class>/a.ply or <class>/test/a.ply
+        if datasets.nfc(folder.name) in names:
+            label = names.index(datasets.nfc(folder.name))
     return label, feature[0].cpu().numpy(), probability
 
 
 def write_results(config, results, names):
     """What predict_class gave for each file -> an .npz, a .csv; prints the accuracy."""
-    paths = list(map(str, results))
+    paths = [str(path).encode(errors="backslashreplace").decode() for path in results]
     labels, features, probabilities = zip(*results.values(), strict=True)
     if config.features:
-        np.savez(config.features, features=features, names=paths, labels=labels, class_names=names)
+        with files.complete_file(config.features) as file:
+            np.savez(file, features=features, names=paths, labels=labels, class_names=names)
         print(f"features of {len(paths)} clouds in {config.features}")
     if names:
         best = [int(np.argmax(probability)) for probability in probabilities]
@@ -133,29 +153,31 @@ def write_results(config, results, names):
             print(f"accuracy {100 * np.mean(hits):.2f} % of {len(hits)} clouds in class folders")
 
 
-# -- labels of points, boxes -----------------------------------------------------------------------
-def warn_of_width(file, xyz):
-    """Says on stderr that a room is too wide to be in metres."""
+def read_all(config, model, file):
+    """All points of a file, (n, 3) float64. Says on stderr that a room is too wide for metres."""
+    xyz = files.read_points(file, config.drop_invalid)
+    check_points(file, xyz, model.config.num_group)
     width = np.ptp(xyz, axis=0).max()
-    if width > clouds.MAX_WIDTH:
+    if width > clouds.MAX_WIDTH and not model.config.normalized:
         print(f"{file}: {width:.0f} m wide: metres?", file=sys.stderr, flush=True)
+    return xyz
 
 
 def predict_labels(config, model, file, target):
     """A label for each point of a file, as .npz and coloured .ply; their names as labels.csv."""
     c = model.config
-    xyz = files.read_points(file, config.drop_invalid)
-    if not c.normalized:
-        warn_of_width(file, xyz)
+    xyz = read_all(config, model, file)
     category = None
     if c.num_categories:
-        name = config.category or file.resolve().parent.name
+        name = datasets.nfc(config.category or locate(file).parent.name)
         if name not in c.class_names:
             raise act.UserError(f"{file}: expected --category of {c.class_names}, got {name}")
         category = c.class_names.index(name)
-    labels = inference.label_points(model, xyz, category)
+    low = xyz.min(axis=0)  # rooms are trained on with the floor at 0
+    labels = inference.label_points(model, xyz - low, category)
     names, colors = inference.write_legend(Path(config.out, "labels.csv"), c)
-    np.savez(f"{target}.npz", points=xyz, labels=labels, label_names=names)
+    with files.complete_file(f"{target}.npz") as file:
+        np.savez(file, points=xyz, labels=labels, label_names=names)
     files.write_ply(f"{target}.ply", xyz, colors[labels])
     shares = np.bincount(labels) / len(labels)
     shown = [f"{names[i]} {shares[i]:.0%}" for i in np.flatnonzero(shares)]
@@ -165,8 +187,7 @@ def predict_labels(config, model, file, target):
 def predict_boxes(config, model, file, target):
     """The boxes in a room, in a printed table and a .ply."""
     names = model.config.class_names
-    xyz = files.read_points(file, config.drop_invalid)
-    warn_of_width(file, xyz)
+    xyz = read_all(config, model, file)
     low = xyz.min(axis=0)  # subtracted in float64: coordinates may be large
     scene = clouds.Scene("", np.float32(xyz - low), np.zeros((0, 6)), np.zeros(0))
     boxes, scores = detector.find_boxes(model, [scene])[0]
@@ -182,7 +203,14 @@ def predict_boxes(config, model, file, target):
     files.write_ply(f"{target}.ply", points, np.uint8(255 * colors))
 
 
-# -- main ------------------------------------------------------------------------------------------
+RESULTS = {  # kind of model -> what predicts, suffixes of each file's results, a table of all
+    act.Classifier: (predict_class, [], ["predictions.csv"]),
+    act.Student: (predict_class, [], []),
+    act.Segmenter: (predict_labels, [".npz", ".ply"], ["labels.csv"]),
+    detector.Detector: (predict_boxes, [".ply"], []),
+}
+
+
 def main(config):
     model = open_model(config.checkpoint, run.pick_device(config.device))
     check_flags(config, model)
@@ -190,33 +218,33 @@ def main(config):
     if config.points is not None:
         c.num_group = max(1, config.points * c.num_group // c.points)  # as many points to a patch
         c.points = config.points
-    has_folder = not isinstance(model, act.Student)  # A Student has --features alone.
-    if has_folder:
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise act.UserError(f"--out: expected a folder to write to, got {error}") from error
+    predict, suffixes, tables = RESULTS[type(model)]
+    if predict is predict_class and not c.normalized:
+        x, y, z = c.center
+        frame = f"centre ({x:.4g}, {y:.4g}, {z:.4g}) and radius {c.radius:.4g} of its training"
+        print(f"{config.checkpoint}: takes clouds as stored; each is moved and scaled to {frame}")
+    targets = name_outputs(datasets.find_clouds(config.files), Path(config.out))
+    outputs = [Path(config.out, table) for table in tables]
+    for target in targets.values():
+        outputs += [Path(f"{target}{suffix}") for suffix in suffixes]
+    if outputs:
+        run.open_folder(config.out)
+    make_room(config, outputs, targets)
 
-    predictors = {act.Segmenter: predict_labels, detector.Detector: predict_boxes}
-    predict = predictors.get(type(model), predict_class)
-    paths = datasets.find_clouds(config.files)
-    targets = name_outputs(paths, Path(config.out))
     results = {}
-    for path in paths:
+    for path, target in targets.items():
         try:
-            if path.is_dir():
-                raise act.UserError(f"{path}: expected files {' '.join(files.READERS)}, got none")
-            results[path] = predict(config, model, path, targets[path])
+            if suffixes:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            results[path] = predict(config, model, path, target)
         except (act.UserError, OSError) as error:  # OSError: its results can't be written
             print(error, file=sys.stderr, flush=True)
-
     if results and predict is predict_class:
         write_results(config, results, getattr(c, "class_names", []))
-    if results and has_folder:
+    if results and outputs:
         print(f"results in {config.out}")
-    if len(results) < len(paths):
-        broken = len(paths) - len(results)
-        raise act.UserError(f"expected files that can be read, got {broken} of {len(paths)} broken")
+    if len(results) < len(targets):
+        raise act.UserError(f"expected results of {len(targets)} files, got {len(results)}")
 
 
 if __name__ == "__main__":

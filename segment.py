@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 import act
-from util import clouds, datasets, inference, metrics, run, transfer
+from util import clouds, datasets, inference, metrics, processes, run, transfer
 
-# -- config ----------------------------------------------------------------------------------------
 PRESETS = {  # base: as published (Sec. 5)
     "parts": {
         "tiny": dict(points=1024, epochs=3, batch_size=16, lr=2e-4),
@@ -37,7 +36,7 @@ PRESETS = {  # base: as published (Sec. 5)
         "base": dict(points=2048, epochs=60, batch_size=32, lr=2e-4),
     },
 }
-UNUSED = ["protocol", "variant", "drop_invalid"]  # flags that neither task uses
+UNUSED = ["protocol", "variant"]  # flags that neither task uses
 SHOWN = 6  # test clouds in the picture
 SHOWN_POINTS = 30_000  # at most, of each of them
 
@@ -45,47 +44,49 @@ SHOWN_POINTS = 30_000  # at most, of each of them
 @dataclass
 class Config(transfer.TransferConfig):
     task: str = run.flag("parts", "what is labelled", choices=("parts", "scene"))
+    area: int = run.flag(5, "the area of S3DIS that is the test set", 5)
     unused: ClassVar[dict] = {"parts": UNUSED + ["area"], "scene": UNUSED + ["cache"]}
 
 
 class Segmentation(transfer.Task):
-    """Subclasses set `config`, `sizes` (of the network), `names`, `test`; have `predictions`."""
+    """Subclasses set `config`, `sizes`, `names`, `test`; `predictions` are of a share."""
 
     def build_model(self):
         return act.Segmenter(self.sizes)
 
-    def move(self, xyz, generator):
-        return clouds.scale_translate(xyz, generator, (0.8, 1.25), 0.1, per_axis=False)
+    def move(self, xyz, generator, share):
+        return clouds.scale_translate(xyz, generator, (0.8, 1.25), 0.1, False, share)
 
     def count_labels(self, train, test):
-        """Labels (n,) of all points -> how many of `train` are 0, 1, ..., (parts,) int64.
-        Sets `absent`, (parts,) bool: the labels of no cloud count in no mean."""
+        """How many of `train` are 0, 1, ..., (parts,). Sets `absent`, which count in no mean."""
         count = np.bincount(train, minlength=self.sizes.num_parts)
         transfer.check_labels(self.config, count)
         self.absent = torch.from_numpy(count + np.bincount(test, minlength=len(count)) == 0)
-        names = np.array(inference.label_names(self.sizes))[self.absent]
-        if len(names):
-            print(f"in no cloud, and so in no mean: {', '.join(names)}")
         return count
 
     def evaluate(self, model):
-        """Accuracy over all test points. Keeps each cloud's counts, and a few clouds to show."""
-        self.matrices = []
-        self.shown = {}
+        """Accuracy over all test points. Keeps each cloud's counts, and a few clouds."""
+        model.eval()
         every = math.ceil(len(self.test) / SHOWN)
-        for name, xyz, truth, predicted in self.predictions(model):
-            if len(self.matrices) % every == 0:
+        counts = {}  # number of a cloud -> its counts
+        self.shown = {}
+        for i, name, xyz, truth, predicted in self.predictions(model):
+            counts[i] = metrics.confusion(truth, predicted, self.sizes.num_parts)
+            if i % every == 0:
                 self.shown[name] = (xyz, truth, predicted)
-            self.matrices.append(metrics.confusion(truth, predicted, self.sizes.num_parts))
+        for other_counts, other_shown in processes.collect((counts, self.shown)):
+            counts |= other_counts
+            self.shown |= other_shown
+        self.matrices = [counts[i] for i in sorted(counts)]
         return metrics.accuracy(sum(self.matrices))
 
     def finish(self, model, folder):
         """Writes picture and legend; each label's IoU, unless labels are of categories."""
         names, colors = inference.write_legend(folder / "labels.csv", model.config)
-        hidden = [i for i, name in enumerate(names) if name in ("ceiling", "wall")]
+        hidden = np.isin(names, ("ceiling", "wall"))
         shown = {}
         for name, (xyz, truth, predicted) in self.shown.items():
-            seen = np.flatnonzero(~np.isin(truth, hidden))[:: len(xyz) // SHOWN_POINTS + 1]
+            seen = np.flatnonzero(~hidden[truth])[:: len(xyz) // SHOWN_POINTS + 1]
             shown[name] = (xyz[seen], truth[seen], predicted[seen])
         transfer.write_examples(folder / self.config.task, shown, colors / 255)
         if self.sizes.num_categories:
@@ -94,8 +95,8 @@ class Segmentation(transfer.Task):
         metrics.print_table(matrix, names)
         each = metrics.iou(matrix).masked_fill(self.absent, math.nan)
         values = {}
-        for name, value in zip(names, each.tolist(), strict=True):
-            values[f"iou_{name}"] = None if math.isnan(value) else value  # JSON knows no NaN
+        for i in np.flatnonzero(~self.absent):
+            values[f"iou_{names[i]}"] = each[i].item()
         return values | {"miou": each.nanmean().item()}
 
 
@@ -125,35 +126,34 @@ class Parts(Segmentation):
         self.count_labels(data.train.parts.cpu(), data.test.parts.cpu())
 
     def sample(self, indices, step, generator):
-        return self.draw(self.train, indices, generator)
+        return self.draw(self.train, indices, generator, processes.SHARE)
 
-    def draw(self, split, indices, generator):
+    def draw(self, split, indices, generator, share=(0, 1)):
         """Drawn with replacement, as published: xyz, parts (B, N), category (B,) or None."""
-        indices = indices.to(self.device)
+        rank, world = share
+        options = dict(generator=generator, device=self.device)
+        uniform = torch.rand(len(indices), self.config.points, **options)[rank::world]
+        indices = indices[rank::world].to(self.device, non_blocking=True)
         start = split.offsets[indices][:, None]  # (B, 1)
         size = split.offsets.diff()[indices][:, None]  # (B, 1)
-        uniform = torch.rand(
-            len(start), self.config.points, generator=generator, device=self.device
-        )
         flat = start + (uniform * size).long().minimum(size - 1)  # rounding may give size itself
         category = split.labels[indices] if self.categories else None
         return clouds.unit_sphere(split.points[flat]), split.parts[flat], category
 
     @torch.no_grad()
     def predictions(self, model):
-        """Of a fixed sample of each test cloud: name, xyz (N, 3), truth, prediction (N,)."""
-        model.eval()
-        for indices in torch.arange(len(self.test)).split(32):
+        """Of a fixed sample of each test cloud: number, name, xyz, truth, prediction."""
+        for indices in processes.share(torch.arange(len(self.test)).split(32)):
             generator = run.seeded(self.device, "test", int(indices[0]))
             xyz, truth, category = self.draw(self.test, indices, generator)
             logits = model(xyz, category).float().cpu()  # (B, N, parts)
             for row, i in enumerate(indices.tolist()):
                 first, end = self.test_ranges[i]
                 predicted = logits[row, :, first:end].argmax(dim=1) + first
-                yield self.test.names[i], xyz[row].cpu().numpy(), truth[row].cpu(), predicted
+                yield i, self.test.names[i], xyz[row].cpu().numpy(), truth[row].cpu(), predicted
 
     def evaluate(self, model):
-        """Also the mean IoU of clouds' parts, over clouds and over categories' means."""
+        """Also the mean IoU of clouds' parts over clouds, and over categories' means."""
         values = super().evaluate(model)
         each = []
         for matrix, (first, end) in zip(self.matrices, self.test_ranges, strict=True):
@@ -162,8 +162,7 @@ class Parts(Segmentation):
                 iou = iou.nan_to_num(100.0)
             each.append(iou.masked_fill(self.absent, math.nan)[first:end].nanmean())
         each = torch.stack(each)  # (test clouds,)
-        labels = self.test_labels
-        by_category = [each[labels == label].mean() for label in labels.unique()]
+        by_category = [each[self.test_labels == i].mean() for i in self.test_labels.unique()]
         values["instance_miou"] = each.mean().item()
         return values | {"class_miou": torch.stack(by_category).mean().item()}
 
@@ -183,7 +182,7 @@ def sample_block(room, num_points, rng):
 
 
 class Scenes(Segmentation):
-    """Whole rooms, trained on blocks. It takes too long to label them after each epoch."""
+    """Whole rooms, trained on blocks. Labelling them after each epoch would take long."""
 
     def __init__(self, config, data, sizes, device):
         self.config = config
@@ -206,12 +205,12 @@ class Scenes(Segmentation):
         weight = (count.max() / np.maximum(count, 1)) ** (1 / 3)  # as published
         self.loss_weight = torch.from_numpy(weight).float().to(device)
 
-    def turn(self, xyz, generator):
-        return clouds.rotate_y(xyz[..., [1, 2, 0]], generator)[..., [2, 0, 1]]  # y up and back
+    def turn(self, xyz, generator, share):
+        return clouds.rotate_y(xyz[..., [1, 2, 0]], generator, share)[..., [2, 0, 1]]  # y up, back
 
     def sample(self, indices, step, generator):
         blocks = []
-        for i in indices.tolist():
+        for i in processes.share(indices).tolist():
             rng = np.random.default_rng([self.config.seed, step, i])
             blocks.append(sample_block(self.train[i], self.config.points, rng))
         xyz = torch.from_numpy(np.stack([points for points, _ in blocks]))  # (B, N, 3)
@@ -219,28 +218,29 @@ class Scenes(Segmentation):
         return xyz.to(self.device), labels.long().to(self.device), None
 
     def predictions(self, model):
-        """Name, xyz with y up, truth and prediction of each test room."""
+        """Number, name, xyz with y up, truth and prediction of each test room."""
         print(f"labelling every point of {len(self.test)} test rooms", flush=True)
-        for room in self.test:
+        for i in processes.share(range(len(self.test))):
+            room = self.test[i]
             upright = clouds.normalize(room.xyz[:, [0, 2, 1]] * [1, 1, -1])
-            yield room.name, upright, room.labels, inference.label_points(model, room.xyz)
+            yield i, room.name, upright, room.labels, inference.label_points(model, room.xyz)
 
 
 TASKS = {"parts": Parts, "scene": Scenes}
 
 
-# -- main ------------------------------------------------------------------------------------------
 def main(given):
     config, device = run.setup(given, PRESETS[given.task])
     if config.augment == "auto":
         config = replace(config, augment="scale_translate")
     source = transfer.load_source(config)
     if config.task == "scene":
-        data = datasets.open_rooms(config.data, config.area, density=0.6 * config.points)
+        density = 0.6 * config.points
+        data = datasets.open_rooms(config.data, config.area, density, config.drop_invalid)
     else:
-        data = datasets.open_parts(config.data, config.cache or None)
+        data = datasets.open_parts(config.data, config.cache or None, config.drop_invalid)
     print(datasets.describe(data))
-    print(f"{transfer.describe(config)}, on {device} x {run.WORLD}")
+    print(f"{transfer.describe(config)}, on {device} x {processes.WORLD}")
     sizes = transfer.encoder_sizes(config, source, given.size)
     transfer.train(config, TASKS[config.task](config, data, sizes, device), source, device)
 

@@ -27,15 +27,12 @@ import numpy as np
 import torch
 
 import act
-from util import pictures, run
+from util import datasets, files, pictures, run
 from util.run import flag
 
 ROOT = Path(__file__).resolve().parent
-PUBLIC = {  # the public backbone of each --size
-    "tiny": "vit_tiny_patch16_224",
-    "small": "vit_small_patch16_384",
-    "base": "vit_base_patch16_384",
-}
+PUBLIC = {"tiny": "vit_tiny_patch16_224"}  # the public backbone of each --size
+PUBLIC |= {"small": "vit_small_patch16_384", "base": "vit_base_patch16_384"}
 MASK_RATIO = {"tiny": "0.6", "small": "0.8", "base": "0.8"}  # where an arm has no other
 
 
@@ -116,18 +113,15 @@ def slug(name: str) -> str:
 # -- runs -----------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """A run of a command. `key` stands for the script, its flags, and the run it needs, if any,
-    whose last.pt it takes; the name of its folder ends in it."""
+    """A run of a command. `key`, in which its folder's name ends, stands for the first three."""
 
-    key: str
     script: str
     flags: dict
+    needs: "Run | None"  # whose last.pt it takes
+    key: str
     folder: Path
-    needs: "Run | None"
     state: str = "open"  # then running, finished or failed
     process: subprocess.Popen | None = None
-    began: float = 0.0
-    seconds: float = 0.0  # how long it took, if it was made by this start of the study
 
     def start(self, threads: int) -> None:
         """Starts the process, which resumes the run if it was interrupted."""
@@ -135,10 +129,9 @@ class Run:
         if self.needs is not None:
             name = "--teacher" if self.script == "train_student.py" else "--checkpoint"
             flags[name] = str(self.needs.folder / "last.pt")
-        command = [sys.executable, str(ROOT / self.script)]
-        for pair in flags.items():
-            command += pair
-        command.append("--resume")
+        command = [sys.executable, str(ROOT / self.script), *sum(flags.items(), ())]
+        if (self.folder / "last.pt").exists():
+            command.append("--resume")
         self.folder.mkdir(parents=True, exist_ok=True)
         # In a session of its own, the process gets Ctrl-C from make_runs alone, and once.
         options = dict(stderr=subprocess.STDOUT, start_new_session=True)
@@ -146,15 +139,13 @@ class Run:
         with open(self.folder / "output.txt", "a") as output:
             self.process = subprocess.Popen(command, stdout=output, **options)
         self.state = "running"
-        self.began = time.monotonic()
 
     def end(self) -> str:
         """Notes how the ended process has ended, and returns it in words."""
-        self.seconds = time.monotonic() - self.began
         if self.process.returncode == 0:
             self.state = "finished"
             (self.folder / "finished").touch()
-            return f"finished in {self.seconds:.0f} s"
+            return "finished"
         self.state = "failed"
         output = (self.folder / "output.txt").read_text(errors="replace")
         last_line = output.rstrip().rpartition("\n")[2]
@@ -169,14 +160,15 @@ def add_run(runs: dict, script: str, flags: dict, folder: Path, needs: Run | Non
         study = folder.parents[3]
         folder = folder.with_name(f"{folder.name}-{key}")
         folder = next(study.glob(f"*/*/seed*/*-{key}"), folder)
-        runs[key] = Run(key, script, flags, folder, needs)
+        runs[key] = Run(script, flags, needs, key, folder)
         if (folder / "finished").exists():
             runs[key].state = "finished"
     return runs[key]
 
 
 def plan_arm(runs: dict, config: Config, arm: Arm, seed: int) -> dict:
-    """Adds the runs of an arm with a seed: metric -> (Run, name in its last row)."""
+    """Adds the runs of an arm with a seed, and returns what they will give: (arm, metric, seed) ->
+    (run, name of the value in the last row of its metrics.jsonl)."""
     folder = Path(config.out, arm.table, slug(arm.name), f"seed{seed}")
     common = {"--data": config.data, "--size": config.size, "--seed": str(seed)}
     defaults = {"teacher": {}, "student": {"--mask-ratio": MASK_RATIO[config.size]}}
@@ -191,51 +183,41 @@ def plan_arm(runs: dict, config: Config, arm: Arm, seed: int) -> dict:
             flags["--epochs"] = str(epochs)
         flags.update(getattr(arm, stage))
         last = add_run(runs, f"train_{stage}.py", flags, folder / stage, last)
-    sources = {"linear SVM": (last, "svm_trained"), "kNN": (last, "knn_trained")}
+    results = {}
     sets = config.transfer
     protocols = {", full": {}, ", linear": {"--protocol": "linear"}}
     if arm.table == "transfer":
-        sources = {}
         sets = sets or [config.data]
         protocols = {"": arm.finetune}
+    else:
+        for metric, name in (("linear SVM", "svm_trained"), ("kNN", "knn_trained")):
+            results[arm.name, metric, seed] = (last, name)
     for data in sets:
         for ending, own in protocols.items():
             metric = short_name(data) + ending
             flags = common | {"--data": data} | own
             tuned = add_run(runs, "finetune.py", flags, folder / slug(metric), last)
-            sources[metric] = (tuned, "accuracy")
-    return sources
-
-
-def make_plan(config: Config) -> tuple[list[Run], dict]:
-    """All runs, seed by seed, so that an interrupted study has equal arms; and where the tables'
-    values come from: table -> metric -> arm -> seed -> (Run, name in its last row)."""
-    runs = {}  # by their keys
-    tables = {table: {} for table in config.tables}
-    for seed in range(config.seeds):
-        for table, metrics in tables.items():
-            for arm in arms_of(table, config):
-                for metric, source in plan_arm(runs, config, arm, seed).items():
-                    metrics.setdefault(metric, {}).setdefault(arm.name, {})[seed] = source
-    return list(runs.values()), tables
+            results[arm.name, metric, seed] = (tuned, "accuracy")
+    return results
 
 
 def make_runs(runs: list[Run], jobs: int) -> None:
     """Makes the open runs, `jobs` at a time, each after the one it needs."""
+    began = time.monotonic()
+    made = 0
     try:
         while count(runs, "open") + count(runs, "running"):
             for each in runs:
                 if each.state == "running" and each.process.poll() is not None:
                     print(f"{each.folder} {each.end()}")
-                    seconds = np.mean([other.seconds for other in runs if other.seconds])
-                    left = seconds * (count(runs, "open") + count(runs, "running")) / jobs / 60
-                    print(f"{count(runs, 'finished')} of {len(runs)} runs, {left:.0f} min left")
-                if each.state != "open":
-                    continue
-                before = "finished" if each.needs is None else each.needs.state
-                if before == "failed":
+                    made += 1
+                    left = count(runs, "open") + count(runs, "running")
+                    minutes = (time.monotonic() - began) / made * left / 60
+                    print(f"{left} of {len(runs)} runs left, {minutes:.0f} min")
+                before = getattr(each.needs, "state", "finished")
+                if each.state == "open" and before == "failed":
                     each.state = "failed"
-                elif before == "finished" and count(runs, "running") < jobs:
+                if each.state == "open" and before == "finished" and count(runs, "running") < jobs:
                     each.start(max(1, torch.get_num_threads() // jobs))
             sys.stdout.flush()
             time.sleep(0.1)
@@ -261,58 +243,32 @@ def t_quantile(df: int) -> float:
 
 
 def spread(values: list[float]) -> tuple[float, float | None, float | None]:
-    """The mean, its standard error, and half its 95 % interval; None for both of one value."""
+    """The mean, its standard error and half its 95 % interval; no spread, no interval: None."""
     mean = float(np.mean(values))
-    n = len(values)
-    if n == 1:
+    if np.ptp(values) < 1e-9:
         return mean, None, None
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
-    return mean, error, t_quantile(n - 1) * error
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, error, t_quantile(len(values) - 1) * error
 
 
 # -- results --------------------------------------------------------------------------------------
-HEAD = """# {table}
+def head_of(table: str, first: str, results: dict) -> str:
+    """What stands above a table whose first arm is `first`."""
+    names = set()  # the backbones that its teachers have: --weights auto may find none
+    for source, _ in results.values():
+        while source.needs is not None:
+            source = source.needs
+        if source.script == "train_teacher.py":
+            about = json.loads((source.folder / "config.json").read_text())
+            names.add(short_name(about["config"]["weights"]))
+    return f"""# {table}
 
-`python study.py {words}`, {made}.
+`python study.py {" ".join(sys.argv[1:])}`, {datetime.date.today()}, torch {torch.__version__}.
 Percent; mean ± standard error over n seeds. Beside it the difference to the arm `{first}`, paired
 by seed, its 95 % t-interval, and half of that: no smaller difference could have been seen. Last,
 what the best epoch on the test set of the best seed would have reported; for the SVM and kNN, the
-best seed. Backbones of the teachers: {backbones}.
+best seed. Backbones of the teachers: {", ".join(sorted(names)) or "no teacher"}.
 """
-COLUMNS = """
-## {metric}
-
-| arm | n | mean | minus {first} | 95 % interval | least seen | best of all |
-| --- | --- | --- | --- | --- | --- | --- |
-"""
-
-
-def collect(sources: dict) -> tuple[dict, float | None]:
-    """Of the finished runs of seed -> (Run, name in its last row): seed -> value of the last epoch,
-    and the best value of all epochs and seeds."""
-    values = {}
-    best = []
-    for seed, (source, name) in sources.items():
-        if source.state == "finished":
-            row = json.loads((source.folder / "metrics.jsonl").read_text().splitlines()[-1])
-            if name in row:  # a student of unlabelled clouds has no SVM
-                values[seed] = row[name]
-                best.append(row.get(f"best_{name}", row[name]))
-    return values, max(best, default=None)
-
-
-def backbones_of(metrics: dict) -> str:
-    """The backbones that the teachers of a table have, of which --weights auto may find none."""
-    names = set()
-    for by_arm in metrics.values():
-        for sources in by_arm.values():
-            for source, _ in sources.values():
-                while source is not None:
-                    if source.script == "train_teacher.py" and source.state == "finished":
-                        about = json.loads((source.folder / "config.json").read_text())
-                        names.add(short_name(about["config"]["weights"]))
-                    source = source.needs
-    return ", ".join(sorted(names)) or "no teacher"
 
 
 def format_row(arm: str, values: dict, reference: dict, best: float) -> str:
@@ -331,32 +287,33 @@ def format_row(arm: str, values: dict, reference: dict, best: float) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def write_table(config: Config, table: str, metrics: dict) -> None:
+def write_table(config: Config, table: str, results: dict) -> None:
     """Writes <table>.json, .md and .svg, of the runs that are finished."""
     arms = [arm.name for arm in arms_of(table, config)]
-    made = f"{datetime.date.today()}, torch {torch.__version__}"
-    text = HEAD.format(
-        table=table,
-        words=" ".join(sys.argv[1:]),
-        made=made,
-        first=arms[0],
-        backbones=backbones_of(metrics),
-    )
-    values = {arm: {} for arm in arms}  # arm -> metric -> seed -> value
+    results = {key: each for key, each in results.items() if each[0].state == "finished"}
+    values = {arm: {} for arm in arms}  # arm -> metric -> seed -> value of the last epoch
+    best = {}  # (arm, metric) -> value of the best epoch of all seeds
     panels = {}  # metric -> its part of the .svg
-    for metric, by_arm in metrics.items():
-        rows = ""
-        for arm, sources in by_arm.items():
-            by_seed, best = collect(sources)
+    for (arm, metric, seed), (source, key) in results.items():
+        row = json.loads((source.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        value = row.get(key)
+        if value is not None:  # null is a figure that could not be had
+            values[arm].setdefault(metric, {})[seed] = value
+            best[arm, metric] = max(best.get((arm, metric), value), row.get(f"best_{key}") or value)
+            panels[metric] = []
+    text = head_of(table, arms[0], results)
+    for metric, panel in panels.items():
+        columns = f"arm | n | mean | minus {arms[0]} | 95 % interval | least seen | best of all"
+        text += f"\n## {metric}\n\n| {columns} |\n{7 * '| --- '}|\n"
+        for arm in arms:
+            by_seed = values[arm].get(metric)
             if by_seed:
-                values[arm][metric] = by_seed
-                rows += format_row(arm, by_seed, values[arms[0]].get(metric, {}), best)
-                points = list(by_seed.values())
-                panels.setdefault(metric, []).append((arm, points, spread(points)[2]))
-        if rows:
-            text += COLUMNS.format(metric=metric, first=arms[0]) + rows
-    Path(config.out, f"{table}.json").write_text(json.dumps(values, indent=1))
-    Path(config.out, f"{table}.md").write_text(text)
+                reference = values[arms[0]].get(metric, {})
+                text += format_row(arm, by_seed, reference, best[arm, metric])
+                panel.append((arm, list(by_seed.values()), spread(list(by_seed.values()))[2]))
+    for suffix, content in ((".json", json.dumps(values, indent=1)), (".md", text)):
+        with files.complete_file(Path(config.out, table + suffix)) as file:
+            file.write(content.encode())
     pictures.write_dots(Path(config.out, f"{table}.svg"), panels)
     print(text)
 
@@ -370,18 +327,27 @@ def main(config):
     for names in (config.weights, config.transfer):
         if len({slug(short_name(name)) for name in names}) < len(names):
             raise act.UserError(f"expected files of different names, got {' '.join(names)}")
-    for data in [config.data] + config.transfer:
+    for data in sorted({config.data}.union(config.transfer) - {"synthetic"}):
         run.check_apart(data, config.out)
+        labels = datasets.open_dataset(data).train.labels
+        if labels is None or len(labels.unique()) < 2:
+            raise act.UserError(f"{data}: expected clouds of two classes or more, for the metrics")
     run.open_folder(config.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
-    runs, tables = make_plan(config)
+    plan = {}  # the runs by their keys
+    tables = {table: {} for table in config.tables}
+    for seed in range(config.seeds):  # so that an interrupted study has equal arms
+        for table, results in tables.items():
+            for arm in arms_of(table, config):
+                results |= plan_arm(plan, config, arm, seed)
+    runs = list(plan.values())
     print(f"{len(runs)} runs, of which {count(runs, 'finished')} are finished")
     try:
         make_runs(runs, config.jobs)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-    for table, metrics in tables.items():
-        write_table(config, table, metrics)
+    for table, results in tables.items():
+        write_table(config, table, results)
     failed = [str(each.folder) for each in runs if each.state == "failed"]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 
 import act
-from util import clouds, datasets, metrics, pictures, run
+from util import clouds, datasets, metrics, pictures, processes, run
 from util.run import flag
 
 
 # -- target: what is predicted of the masked patches ----------------------------------------------
 class FixedTeacher:
-    """The teacher, never trained here: its prompts are computed once for a run."""
+    """The teacher, never trained: its prompts are computed once."""
 
     def __init__(self, path, device):
         if not Path(path).is_file():
-            raise act.UserError(f"{path}: expected a teacher's file; run train_teacher.py first")
+            raise act.UserError(f"{path}: expected a teacher; run train_teacher.py first")
         self.model = run.load_model(path, device, act.Teacher).requires_grad_(False)
         self.prompts = self.model.prompt_keys_values()
 
@@ -36,22 +36,18 @@ class FixedTeacher:
         """(B, G, S, 3), (B, G, 3) -> (B, G, D)."""
         return self.model.features(neighborhood, center, self.prompts)
 
-    def backbone_tokens(self, neighborhood, center):
-        """(B, G, S, 3), (B, G, 3) -> (B, G, width)."""
-        codes = F.embedding(self.model.tokenize(neighborhood, center), self.model.codebook)
-        return self.model.backbone_tokens(codes, center, self.prompts)
-
 
 def features_loss(prediction, neighborhood, center, masked, teacher, kind):
-    """As published: the teacher's features; prediction (B, M, D) of masked (B, M)."""
+    """As published; prediction (B, M, D) of masked (B, M)."""
     features = act.gather_points(teacher.features(neighborhood, center), masked)
     return act.distillation_loss(prediction, features, kind)
 
 
 def backbone_loss(prediction, neighborhood, center, masked, teacher, kind):
     """The backbone's normed tokens, before what is trained on points."""
-    tokens = act.gather_points(teacher.backbone_tokens(neighborhood, center), masked)
-    return act.distillation_loss(prediction, tokens, kind)
+    codes = F.embedding(teacher.model.tokenize(neighborhood, center), teacher.model.codebook)
+    tokens = teacher.model.backbone_tokens(codes, center, teacher.prompts)
+    return act.distillation_loss(prediction, act.gather_points(tokens, masked), kind)
 
 
 def codes_loss(prediction, neighborhood, center, masked, teacher, kind):
@@ -71,32 +67,21 @@ class Target(NamedTuple):
     """A choice of --target; a further one is a loss function and a row of TARGETS."""
 
     loss: Callable
-    dim: Callable  # (teacher's or None, student's config) -> D
+    dim: Callable  # configs of the teacher (or None), the student -> D
     needs_teacher: bool = True
-    takes_loss: bool = False  # whether --loss says how far prediction and target are apart
+    takes_loss: bool = False  # whether --loss applies
     has_points: bool = False  # whether a prediction can be drawn
 
 
 TARGETS = {
-    "teacher": Target(
-        features_loss,
-        lambda teacher, student: teacher.decoder_dims,
-        takes_loss=True,
-        has_points=True,
-    ),
-    "backbone": Target(
-        backbone_loss, lambda teacher, student: teacher.backbone.width, takes_loss=True
-    ),
-    "codes": Target(codes_loss, lambda teacher, student: teacher.num_tokens),
+    "teacher": Target(features_loss, lambda t, c: t.decoder_dims, takes_loss=True, has_points=True),
+    "backbone": Target(backbone_loss, lambda t, c: t.backbone.width, takes_loss=True),
+    "codes": Target(codes_loss, lambda t, c: t.num_tokens),
     "coordinates": Target(
-        coordinates_loss,
-        lambda teacher, student: 3 * student.group_size,
-        needs_teacher=False,
-        has_points=True,
+        coordinates_loss, lambda t, c: 3 * c.group_size, needs_teacher=False, has_points=True
     ),
 }
-# A further mask is a function (center, ratio, generator) -> (B, G) bool, with as many True in every
-# cloud, and a row here.
+# A further mask is a function like act's, as many True in every cloud, and a row here.
 MASKS = {"random": act.random_mask, "block": act.block_mask}
 
 
@@ -123,23 +108,17 @@ class Config(run.RunConfig):
     set: list = flag((), f"NAME=VALUE of the student's {', '.join(PATCHES + SIZES)}")
 
 
-def draw_patches(xyz, config, c, step, share):
-    """Neighborhood, center and mask of this process's share of a batch (B, N, 3).
-
-    The mask is drawn for the whole batch, whatever the number of processes."""
+def draw_patches(xyz, config, c, step, share=(0, 1)):
+    """Neighborhood, center and mask of a share of a batch, (B, N, 3)."""
     generator = run.seeded("cpu", config.seed, "mask", step)
-    if config.mask == "random":  # reads the centers' shape alone: each process groups its share
-        mask = MASKS["random"](xyz[:, : c.num_group], config.mask_ratio, generator)
-        neighborhood, center = act.group_points(xyz[share], c.num_group, c.group_size)
-        return neighborhood, center, mask[share]
     neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
-    mask = MASKS[config.mask](center, config.mask_ratio, generator)
-    return neighborhood[share], center[share], mask[share]
+    mask = MASKS[config.mask](center, config.mask_ratio, generator, share)
+    return neighborhood, center, mask
 
 
 # -- model ----------------------------------------------------------------------------------------
-def student_config(config, source, teacher, normalized):
-    """Sizes of --size, or of the model of --init; then --set. Patches are the teacher's."""
+def student_config(config, source, teacher, train):
+    """Sizes of --size or --init, then --set; the teacher's patches; the frame of `train`."""
     sizes = act.StudentConfig(**run.ENCODER_SIZES[config.size])
     if source is not None:
         sizes = source.config
@@ -148,38 +127,37 @@ def student_config(config, source, teacher, normalized):
     if teacher is not None:
         c = teacher.model.config
         if any(pair.startswith(tuple(PATCHES)) for pair in config.set):
-            raise act.UserError(f"--set {' '.join(config.set)}: expected the teacher's patches")
+            raise act.UserError("--set: expected the teacher's patches")
         if config.target == "backbone" and c.backbone is None:
             raise act.UserError(f"{config.teacher}: expected a teacher with a backbone")
         sizes = replace(sizes, num_group=c.num_group, group_size=c.group_size)
     dim = TARGETS[config.target].dim(c, sizes)
-    return replace(sizes, target_dim=dim, points=config.points, normalized=normalized)
+    sizes = replace(sizes, target_dim=dim, points=config.points, normalized=train.normalized)
+    frame = ((0.0, 0.0, 0.0), 1.0) if train.normalized else train.frame()
+    return replace(sizes, center=frame[0], radius=frame[1])
 
 
 def load_matching(student, source, config):
     """Gives the student the encoder of `source` and all else of it that fits."""
     state = student.state_dict()
     given = source.state_dict()
-    fits = {}
-    for name, value in given.items():
-        if name in state and value.shape == state[name].shape:
-            fits[name] = value
-    new = [name for name in state if name not in fits]
+    new = [name for name in state if name not in given or given[name].shape != state[name].shape]
     unfit = new + list(given.keys() - state.keys())
     if any(name.startswith("encoder.") for name in unfit):
         raise act.UserError(f"{config.init}: expected its encoder, got --set {config.set}")
+    fits = {name: value for name, value in given.items() if name not in unfit}
     student.load_state_dict(state | fits)
     print(f"weights from {config.init}; newly initialised: {', '.join(new) or 'nothing'}")
 
 
 @torch.no_grad()
 def cosine_per_depth(student, test, config):
-    """Mean cosine of all pairs of a cloud's tokens after each block: near 1 they have collapsed."""
+    """Mean cosine of a cloud's tokens after each block: near 1 they have collapsed."""
     generator = run.seeded(student.mask_token.device, config.seed, "depth")
     xyz, _ = test.sample(torch.arange(min(len(test), 16)), config.points, generator)
     encoder = student.eval().encoder
-    neighborhood, center = encoder.group(xyz)
     cosines = []
+    neighborhood, center = encoder.group(xyz)
     for tokens in encoder.layers(neighborhood, center, range(1, student.config.depth + 1)):
         unit = F.normalize(tokens[:, 1:].float(), dim=-1)  # (B, G, C)
         cosines.append(round((unit @ unit.mT).mean().item(), 4))
@@ -192,8 +170,7 @@ def svm_features(student, split, config):
     device = student.mask_token.device
     chosen = torch.linspace(0, len(split) - 1, min(len(split), 4000)).long()
     features = []
-    batches = chosen.split(64)
-    for i, indices in enumerate(run.progress(batches, "features, in batches of 64 clouds")):
+    for i, indices in enumerate(run.progress(chosen.split(64), "batches of 64 clouds")):
         generator = run.seeded(device, config.seed, "features", i)
         xyz, _ = split.sample(indices, config.points, generator)
         features.append(act.global_feature(student.eval().encode(xyz)))
@@ -202,15 +179,15 @@ def svm_features(student, split, config):
 
 
 def probe(student, name, train, test, config):
-    """Percent of test clouds labelled right by frozen features: linear SVM, 5 neighbours."""
+    """Percent right by frozen features: of a linear SVM, of 5 neighbours."""
     print(f"linear SVM on the features of the {name} student ...", flush=True)
     features = svm_features(student, train, config) + svm_features(student, test, config)
     return metrics.svm_accuracy(*features)[0], metrics.knn_accuracy(*features)
 
 
 @torch.no_grad()
-def write_features(student, untrained, teacher, xyz, path):
-    """Principal components of patches' features as colours of the points."""
+def write_features(student, untrained, teacher, xyz, order, path):
+    """Principal components of patches' features as colours."""
     neighborhood, center = student.eval().encoder.group(xyz)
     features = dict(student=student.encode(xyz)[:, 1:])
     features["untrained"] = untrained.eval().encode(xyz)[:, 1:]
@@ -223,53 +200,45 @@ def write_features(student, untrained, teacher, xyz, path):
         colors = pictures.pca_colors(list(of_points.cpu().numpy()))
         for i in range(len(rows)):
             rows[i].append((arrays[i], colors[i]))
-    pictures.write_gallery(path, rows)
-    print(f"features.png: input, {', '.join(features)}")
+    pictures.write_gallery(path, rows, caption=f"input, {', '.join(features)}; {order}")
 
 
 @torch.no_grad()
-def write_reconstruction(student, teacher, xyz, config, path):
-    """Input, visible patches, visible and predicted ones in two colours."""
-    neighborhood, center, mask = draw_patches(xyz, config, student.config, -1, slice(None))
+def write_reconstruction(student, teacher, xyz, order, config, path):
+    """Input, visible patches, visible and predicted in two colours."""
+    neighborhood, center, mask = draw_patches(xyz, config, student.config, -1)
     visible, masked = act.split_mask(mask, xyz.device)
     prediction = student.eval()(neighborhood, center, mask).float()  # (B, M, D)
     if teacher is not None:
-        prediction = decode(prediction, teacher, neighborhood, center, masked, config.loss)
+        features = teacher.features(neighborhood, center)
+        if config.loss == "cosine":  # which leaves the length open
+            prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
+        features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
+        _, fine = teacher.model.decoder(features)
+        prediction = act.gather_points(fine.flatten(2), masked)  # (B, M, 3 S)
     seen = act.gather_points(neighborhood.flatten(2), visible)  # (B, V, 3 S)
-    order = torch.cat([visible, masked], dim=1)
     patches = torch.cat([seen, prediction], dim=1).unflatten(2, (-1, 3))  # (B, G, S, 3)
-    points = patches + act.gather_points(center, order)[:, :, None]
-    points = points.flatten(1, 2).cpu().numpy()  # (B, G S, 3)
+    center = act.gather_points(center, torch.cat([visible, masked], dim=1))
+    points = (patches + center[:, :, None]).flatten(1, 2).cpu().numpy()  # (B, G S, 3)
     n = seen[0].numel() // 3  # visible points of a cloud
     colors = pictures.palette(2).repeat([n, points.shape[1] - n], axis=0)
     rows = []
     for array, cloud in zip(xyz.cpu().numpy(), points, strict=True):
         rows.append([(array, None), (cloud[:n], colors[:n]), (cloud, colors)])
-    pictures.write_gallery(path, rows)
-    print("reconstruction.png: input, visible patches, visible and predicted")
-
-
-def decode(prediction, teacher, neighborhood, center, masked, kind):
-    """Predicted features (B, M, D) as points (B, M, 3 S), by the teacher's decoder."""
-    features = teacher.features(neighborhood, center)
-    if kind == "cosine":  # which leaves the length open
-        prediction = F.normalize(prediction, dim=-1) * features.norm(dim=-1).mean()
-    features = features.scatter(1, masked[..., None].expand_as(prediction), prediction)
-    _, fine = teacher.model.decoder(features)
-    return act.gather_points(fine.flatten(2), masked)
+    pictures.write_gallery(path, rows, caption=f"input, visible patches, with predicted; {order}")
 
 
 def main(config):
     config, device = run.setup(config, PRESETS)
-    predicts_features = TARGETS[config.target].takes_loss
-    if config.loss and not predicts_features:
+    target = TARGETS[config.target]
+    if config.loss and not target.takes_loss:
         raise act.UserError(f"--loss {config.loss}: expected --target teacher or backbone")
-    if predicts_features:
+    if target.takes_loss:
         config = replace(config, loss=config.loss or "cosine")
 
     # -- data
     dataset = datasets.open_dataset(
-        config.data, config.cache or None, config.variant, config.area, config.drop_invalid
+        config.data, config.cache or None, config.variant, drop_invalid=config.drop_invalid
     )
     print(datasets.describe(dataset))
     train = dataset.everything or dataset.train
@@ -280,10 +249,13 @@ def main(config):
     identities = train.identities()
 
     # -- model
-    target = TARGETS[config.target]
-    teacher = FixedTeacher(config.teacher, device) if target.needs_teacher else None
-    source = run.load_model(config.init, device, act.Student) if config.init else None
-    c = student_config(config, source, teacher, train.normalized)
+    teacher = None
+    if target.needs_teacher:
+        teacher = FixedTeacher(config.teacher, device)
+    source = None
+    if config.init:
+        source = run.load_model(config.init, device, act.Student)
+    c = student_config(config, source, teacher, train)
     torch.manual_seed(config.seed)
     student = act.Student(c).to(device)
     if source is not None:
@@ -293,30 +265,30 @@ def main(config):
     train = run.place(train, device)
     test = run.place(test, device)
     if not 0 < int(config.mask_ratio * c.num_group) < c.num_group:
-        raise act.UserError(f"--mask-ratio {config.mask_ratio}: expected a part of the patches")
+        raise act.UserError(f"--mask-ratio {config.mask_ratio}: expected some patches")
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     print(
-        f"stage II on {device} x {run.WORLD}, {config.precision}; size {config.size}, {c.width} "
-        f"wide, {c.depth} deep, {millions:.1f} M parameters; target {config.target}"
+        f"stage II on {device} x {processes.WORLD}, {config.precision}; size {config.size}, "
+        f"{c.width} wide, {c.depth} deep, {millions:.1f} M parameters; target {config.target}"
     )
 
     # -- optimizer, resume
     optimizer = run.adamw(student, config.lr, config.weight_decay)
-    net = run.parallel(student, config)
     log, _ = run.begin(config, student, optimizer, identities)
+    net = processes.parallel(student, config)
 
     # -- loop
     norms = run.new_norms(net, log.step)
     warmup = 10 * (len(train) // config.batch_size)  # ten epochs
-    share = slice(run.RANK, None, run.WORLD)
+    share = processes.SHARE
     for epoch in range(log.epoch, config.epochs):
         student.train()
         for batch in run.epoch_batches(config, len(train), epoch, log.step):
             run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             generator = run.seed_step(config.seed, log.step, device)
-            xyz, _ = train.sample(batch, config.points, generator)
-            xyz = clouds.scale_translate(xyz, generator)  # (B, N, 3)
+            xyz, _ = train.sample(batch, config.points, generator, share)
+            xyz = clouds.scale_translate(xyz, generator, share=share)  # (B, N, 3)
             neighborhood, center, mask = draw_patches(xyz, config, c, log.step, share)
             visible, masked = act.split_mask(mask, device)
             with run.autocast(config, device):
@@ -331,16 +303,16 @@ def main(config):
         run.save(log, student, optimizer)
 
     # -- results
-    if run.RANK > 0:
+    if processes.RANK > 0:
         return
     torch.manual_seed(config.seed)
     untrained = act.Student(c).to(device)
     chosen = torch.arange(0, len(test), max(1, len(test) // 5))[:5]
     xyz, _ = test.sample(chosen, config.points, run.seeded(device, config.seed, "picture"))
-    print("pictures, from the top:", ", ".join(test.names[i] for i in chosen))
-    write_features(student, untrained, teacher, xyz, log.folder / "features")
+    order = f"from the top {', '.join(test.names[i] for i in chosen)}"
+    write_features(student, untrained, teacher, xyz, order, log.folder / "features")
     if target.has_points:
-        write_reconstruction(student, teacher, xyz, config, log.folder / "reconstruction")
+        write_reconstruction(student, teacher, xyz, order, config, log.folder / "reconstruction")
     pictures.write_chart(log.folder / "loss.svg", log.rows)
     labels = dataset.train.labels
     if labels is None or len(labels.unique()) < 2:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import act
-from util import clouds, datasets, pictures, run, weights
+from util import clouds, datasets, pictures, processes, run, weights
 from util.run import flag
 
 # -- config ---------------------------------------------------------------------------------------
@@ -29,15 +29,9 @@ BACKBONES = {  # the public weights of --weights auto, and the width of a random
     "small": ("vit_small_patch16_384", 384),
     "base": ("vit_base_patch16_384", 768),
 }
+WIDTHS = dict.fromkeys(("encoder_dims", "tokens_dims", "decoder_dims"), 192)
 TEACHERS = {  # what differs from the paper's sizes
-    "tiny": dict(
-        num_group=32,
-        encoder_dims=192,
-        tokens_dims=192,
-        decoder_dims=192,
-        num_tokens=512,
-        num_prompt=16,
-    ),
+    "tiny": dict(num_group=32, num_tokens=512, num_prompt=16) | WIDTHS,
     "small": dict(num_tokens=2048, num_prompt=32),
     "base": dict(),
 }
@@ -49,7 +43,7 @@ SET = [f.name for f in fields(act.TeacherConfig) if type(f.default) in (int, flo
 
 @dataclass
 class Config(run.RunConfig):
-    out: str = flag("runs/teacher", "folder of the checkpoint, log, configuration and pictures")
+    out: str = flag("runs/teacher", "folder of the results")
     weight_decay: float = flag(5e-4, "AdamW's weight decay", 5e-4)
     weights: str = flag("auto", "auto: public if possible; random, none, a NAME or a PATH", "ViT-B")
     codes: str = flag(None, "term for varied codes; base: kl, else information", "kl", str, CODES)
@@ -77,12 +71,9 @@ def open_backbone(source, name, width):
 
 
 def build_teacher(config, device):
-    """From --init, with the sizes that checkpoint has, or by --size, --weights, --prompt, --set."""
+    """From --init, with the sizes of that checkpoint, or by the flags."""
     if config.init:
-        given = (config.weights, config.prompt, config.tune)
-        if config.set or given != ("auto", "deep", "prompts"):
-            beside = "--set, --weights, --prompt or --tune"
-            raise act.UserError(f"--init {config.init}: expected no {beside} beside it")
+        run.refuse_flags(config, ["weights", "prompt", "tune", "set"], "--init")
         return run.load_model(config.init, device, act.Teacher)
     name, width = BACKBONES[config.size]
     backbone, source = open_backbone(config.weights, name, width)
@@ -96,13 +87,6 @@ def build_teacher(config, device):
     sizes = run.override(sizes, config.set, SET)
     torch.manual_seed(config.seed)
     return act.Teacher(sizes, backbone).to(device)
-
-
-def describe_backbone(c):
-    if c.backbone is None:
-        return "none"
-    state = "frozen" if c.tune == "prompts" else "trained"
-    return f"{c.weights}, {c.backbone.width} wide, {c.backbone.depth} deep, {state}"
 
 
 # -- loss: as published, or with the information term, which a run of minutes needs ---------------
@@ -132,10 +116,10 @@ def information_loss(output, step, total):
 
 
 def information(logits):
-    """Mutual information of patch and code in nats, (B, G, codes) -> scalar:
-    the entropy of the patches' mean probabilities less the mean of their entropies."""
+    """Mutual information of patch and code in nats, (B, G, codes) -> scalar: entropy of the mean
+    probabilities, those of all processes, less the mean entropy of this one's."""
     log_q = logits.float().flatten(0, 1).log_softmax(dim=-1)  # (B G, codes)
-    mean = log_q.exp().mean(dim=0)
+    mean = processes.average(log_q.exp().mean(dim=0))
     entropy = -(log_q.exp() * log_q).sum(dim=-1).mean()
     entropy_of_mean = -(mean * mean.clamp_min(1e-12).log()).sum()
     return entropy_of_mean - entropy
@@ -157,31 +141,19 @@ def start_codes(teacher, train, config, device):
     teacher.encoder.eval()
     patch = teacher.encoder(neighborhood)  # (B, G, C)
     edges = teacher.dgcnn_1.edges(patch, act.center_graph(center))  # (B, G, edges)
-    patch = patch.flatten(0, 1)  # (B G, C)
-    edges = edges.flatten(0, 1).float()  # (B G, edges)
+    patch = patch.flatten(0, 1)  # (n, C)
+    edges = edges.flatten(0, 1).float()  # (n, edges)
     # The numbers of the chosen patches do not depend on --seed; the patches themselves do.
     chosen = torch.randperm(len(patch), generator=run.seeded("cpu", "codes"))[: c.num_tokens]
-    teacher.codebook.copy_(start_codebook(patch, chosen))
-    linear, norm = teacher.dgcnn_1.layer5
-    linear.weight.copy_(start_rows(edges, chosen))
-    norm.weight.fill_(10.0)  # logits well above the Gumbel noise, whose standard deviation is 1.3
-
-
-def start_codebook(patch, chosen):
-    """patch (n, C), chosen (codes,) -> codes (codes, C): (f[i_k] - mean f) / (std f + 1e-6)."""
-    standardised = (patch - patch.mean(dim=0)) / (patch.std(dim=0) + 1e-6)
-    return standardised[chosen]
-
-
-def start_rows(edges, chosen):
-    """Rows of the layer of the logits, edges (n, D), chosen (codes,) -> (codes, D): row k, for
-    patches like i_k, is r - (r . m) m, scaled to length 1, where r is edges[i_k] - mean and m the
-    direction of the mean, which would add the same to every logit."""
+    patch = (patch - patch.mean(dim=0)) / (patch.std(dim=0) + 1e-6)
+    teacher.codebook.copy_(patch[chosen])
     mean = edges.mean(dim=0)
     axis = F.normalize(mean, dim=0)
-    rows = edges[chosen] - mean
-    rows = rows - (rows @ axis)[:, None] * axis
-    return F.normalize(rows, dim=-1)
+    rows = edges[chosen] - mean  # (codes, edges)
+    rows = rows - (rows @ axis)[:, None] * axis  # the mean adds the same to every logit
+    linear, norm = teacher.dgcnn_1.layer5
+    linear.weight.copy_(F.normalize(rows, dim=-1))
+    norm.weight.fill_(10.0)  # logits well above the Gumbel noise, whose standard deviation is 1.3
 
 
 # -- evaluation -----------------------------------------------------------------------------------
@@ -191,9 +163,7 @@ def whole(patches, center):
 
 
 def compare(cloud, xyz):
-    """CD-L1, CD-L2 and F-score at 0.01 of (B, N, 3) to xyz (B, N2, 3), as in act.
-
-    Two searches of neighbours serve all three; act's functions would make six."""
+    """CD-L1, CD-L2, F-score at 0.01 of (B, N, 3), (B, N2, 3), as in act, in 2 searches."""
     to_xyz = act.knn(cloud, xyz, 1)[0]  # (B, N, 1) squared distances
     to_cloud = act.knn(xyz, cloud, 1)[0]  # (B, N2, 1)
     precision = (to_xyz.sqrt() < 0.01).float().mean(dim=(1, 2))
@@ -205,33 +175,29 @@ def compare(cloud, xyz):
 
 @torch.no_grad()
 def evaluate(teacher, test, config, count, swap_codes=False):
-    """Metrics of `compare` (unit sphere) for `count` whole clouds, with argmax codes. swap_codes:
-    cd_l1_other too, with the codes of another cloud, equal if the decoder ignores the codes."""
+    """Metrics of `compare` for `count` whole clouds, with argmax codes. swap_codes:
+    of two or more, cd_l1_other too: with another cloud's codes, equal if they are ignored."""
     teacher.eval()
     totals = {}
     done = 0
-    for indices in torch.linspace(0, len(test) - 1, min(len(test), count)).long().split(32):
+    chosen = torch.linspace(0, len(test) - 1, min(len(test), count)).long()
+    batch_size = 32
+    if len(chosen) % batch_size == 1:  # the last would be alone in its batch
+        batch_size = 33
+    for indices in chosen.split(batch_size):
         generator = run.seeded(teacher.codebook.device, config.seed, "test", done)
         xyz, _ = test.sample(indices, config.points, generator)
         output = teacher(xyz, hard=True)
         metrics = compare(whole(output.fine, output.center), xyz)
-        if swap_codes:
+        if swap_codes and len(chosen) > 1:
             codes = output.logits.argmax(dim=-1)
-            codes = codes.roll(len(xyz) // 2, dims=0)  # of a cloud of another class, mostly
+            codes = codes.roll(len(xyz) // 2, dims=0)  # mostly of another class
             _, fine = teacher.decode(F.embedding(codes, teacher.codebook), output.center)
             metrics["cd_l1_other"] = act.chamfer_distance(whole(fine, output.center), xyz)
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + value.item() * len(xyz)
         done += len(xyz)
     return {name: total / done for name, total in totals.items()}
-
-
-def code_metrics(usage):
-    """How many codes an epoch used and how evenly; usage (codes,) counts the patches of each."""
-    perplexity = torch.distributions.Categorical(usage).entropy().exp().item()
-    if perplexity < max(2, len(usage) / 200):
-        print(f"warning: the codebook has collapsed, perplexity {perplexity:.1f}")
-    return dict(perplexity=perplexity, codes_used=int((usage > 0).sum()))
 
 
 @torch.no_grad()
@@ -247,9 +213,8 @@ def write_picture(teacher, test, config, path):
     for patches, painted in shown:
         for row, cloud in zip(rows, whole(patches, output.center).cpu().numpy(), strict=True):
             row.append((cloud, painted))
-    pictures.write_gallery(path, rows)
-    names = ", ".join(test.names[i] for i in chosen)
-    print("reconstruction.png: input, patches, coarse, fine; from the top", names)
+    order = f"from the top {', '.join(test.names[i] for i in chosen)}"
+    pictures.write_gallery(path, rows, caption=f"input, patches, coarse, fine; {order}")
 
 
 def main(config):
@@ -257,7 +222,7 @@ def main(config):
 
     # -- data
     dataset = datasets.open_dataset(
-        config.data, config.cache or None, config.variant, config.area, config.drop_invalid
+        config.data, config.cache or None, config.variant, drop_invalid=config.drop_invalid
     )
     print(datasets.describe(dataset))
     config = run.plan(config, len(dataset.train))
@@ -277,17 +242,18 @@ def main(config):
         slow = ("encoder.", "dgcnn_1.", "codebook")
         if not config.init:
             start_codes(teacher, train, config, device)
+    backbone = "none"
+    if c.backbone is not None:
+        backbone = f"{c.weights}, {c.backbone.width} wide, {c.backbone.depth} deep"
     trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad) / 1e6
-    print(
-        f"stage I on {device} x {run.WORLD}, {config.precision}; size {config.size}, backbone "
-        f"{describe_backbone(c)}, {trained:.1f} M trained parameters, "
-        f"from {config.init or 'scratch'}"
-    )
+    sizes = f"size {config.size}, backbone {backbone}, {trained:.1f} M trained parameters"
+    start = config.init or "scratch"
+    print(f"stage I on {device} x {processes.WORLD}, {config.precision}; {sizes}, from {start}")
 
     # -- optimizer, resume
     optimizer = run.adamw(teacher, config.lr, config.weight_decay, slow)
-    net = run.parallel(teacher, config)
     log, state = run.begin(config, teacher, optimizer, identities)
+    net = processes.parallel(teacher, config)
     before = state["before"] if state else evaluate(teacher, test, config, 256)
 
     # -- loop
@@ -301,8 +267,7 @@ def main(config):
             lr = run.set_lr(optimizer, log.step, config, end=1e-7, warmup=warmup)
             tau = temperature(log.step, config.steps)
             generator = run.seed_step(config.seed, log.step, device)
-            xyz, _ = train.sample(batch, config.points, generator)  # (B, N, 3)
-            xyz = xyz[run.RANK :: run.WORLD]  # this process's share
+            xyz, _ = train.sample(batch, config.points, generator, processes.SHARE)  # (B, N, 3)
             with run.autocast(config, device):
                 output = net(xyz, tau)
                 loss, reconstruction, kl, weight = loss_function(output, log.step, config.steps)
@@ -314,29 +279,32 @@ def main(config):
             usage.index_add_(0, codes, usage.new_ones(len(codes)))  # bincount would wait for a GPU
             rates = dict(grad_norm=grad_norm, lr=lr, temperature=tau, kl_weight=weight)
             log.add(loss=loss, reconstruction=reconstruction, kl=kl, **rates)
-        metrics = code_metrics(run.sum_over_processes(usage))
-        log.end_epoch(**metrics, cd_l1=evaluate(teacher, test, config, 64)["cd_l1"])
+        usage = processes.sum_over_processes(usage)
+        perplexity = torch.distributions.Categorical(usage).entropy().exp().item()
+        cd_l1 = evaluate(teacher, test, config, 64)["cd_l1"]
+        log.end_epoch(perplexity=perplexity, codes_used=int((usage > 0).sum()), cd_l1=cd_l1)
         run.save(log, teacher, optimizer, before=before)
 
     # -- results
-    if run.RANK > 0:
+    if processes.RANK > 0:
         return
     count = min(len(test), 256)
     print(f"reconstruction of {count} test clouds ...", flush=True)
     after = evaluate(teacher, test, config, count, swap_codes=True)
     write_picture(teacher, test, config, log.folder / "reconstruction")
     pictures.write_chart(log.folder / "loss.svg", log.rows)
+    other = after.pop("cd_l1_other", None)
     metrics = {f"{name}_before": value for name, value in before.items()}
-    metrics |= {f"{name}_after": after[name] for name in before}
-    log.close(**metrics, cd_l1_other=after["cd_l1_other"])
+    metrics |= {f"{name}_after": value for name, value in after.items()}
+    log.close(**metrics, cd_l1_other=other)
     for name, title, scale in (("cd_l1", "CD-L1 x 1000", 1000), ("fscore", "F-score, %", 100)):
         text = f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained"
         print(f"reconstruction of {count} test clouds, {title}: {text}")
-    change = round(100 * (after["cd_l1_other"] / after["cd_l1"] - 1), 1)
-    verdict = "better" if change < 0 else "worse"
-    if change < 2 and count >= 32:
-        verdict += "; warning: the decoder ignores the codes"
-    print(f"CD-L1 with the codes of another cloud: {abs(change)} % {verdict}")
+    if other is None:
+        return
+    change = 100 * (other / after["cd_l1"] - 1)
+    note = "(near 0: the decoder ignores the codes)"
+    print(f"CD-L1 with the codes of another cloud: {change:+.1f} % {note}")
 
 
 if __name__ == "__main__":

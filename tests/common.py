@@ -16,6 +16,7 @@ from util import run
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = "--points 64 --batch-size 4 --precision fp32 --device cpu".split()
 SIZES = "num_group=8 group_size=8 num_prompt=2 num_tokens=16 encoder_dims=16 tokens_dims=16"
+LAUNCH = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 TEACHER = SHORT + f"--weights random --set decoder_dims=16 {SIZES}".split()  # a stage I of seconds
 STUDENT = SHORT + "--set width=32 depth=2 num_heads=1 encoder_dims=32".split()
 
@@ -117,9 +118,9 @@ def moved(before, after):
     return {name for name, x in before.state_dict().items() if not torch.equal(x, after[name])}
 
 
-BACKBONES = {"ViT": {}, "DINOv2": {"layer_scale": True}}
-BACKBONES |= {"BERT": {"norm_first": False, "eps": 1e-12}}
-BACKBONES |= {"CLIP": {"norm_pre": True, "quick_gelu": True, "eps": 1e-5}}
+BERT = {"norm_first": False, "eps": 1e-12}
+CLIP = {"norm_pre": True, "quick_gelu": True, "eps": 1e-5}
+BACKBONES = {"ViT": {}, "DINOv2": {"layer_scale": True}, "BERT": BERT, "CLIP": CLIP}
 PATCHES = {"num_group": 10, "group_size": 8}
 ENCODER = {"width": 12, "depth": 3, "num_heads": 3, "encoder_dims": 16, "drop_path": 0.0} | PATCHES
 TEACHER_SIZES = PATCHES | {"num_prompt": 3, "prompt_dropout": 0.5, "num_tokens": 24}

@@ -15,9 +15,8 @@ def shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
     clouds = synthetic.synthetic_clouds(6, seed=3, num_points=100)
     for i, label in enumerate(clouds.labels.tolist()):
-        name = clouds.classes[label]
-        if name in ("torus", "chair"):
-            folder = root / ("train" if i % 6 < 4 else "test") / name
+        folder = root / ("train" if i % 6 < 4 else "test") / clouds.classes[label]
+        if folder.name in ("torus", "chair"):
             folder.mkdir(parents=True, exist_ok=True)
             np.save(folder / f"{i}.npy", clouds[i].numpy())
     return root
@@ -27,8 +26,8 @@ def shapes(tmp_path_factory):
 def teacher_run(tmp_path_factory, shapes):
     """The folder of a finished stage I: two epochs of two steps, a row for each step."""
     out = tmp_path_factory.mktemp("teacher")
-    words = TEACHER + ["--data", shapes, "--epochs", 2, "--log-every", 1, "--out", out]
-    run_command(train_teacher, *words)
+    words = TEACHER + "--epochs 2 --log-every 1".split()
+    run_command(train_teacher, *words, "--data", shapes, "--out", out)
     return out
 
 

@@ -49,7 +49,7 @@ def official_state(model, names):
 
 
 def publish(folder, state, key="base_model", prefix="module."):
-    state = {prefix + name: value for name, value in state.items() if value is not None}
+    state = {prefix + name: value for name, value in state.items()}
     torch.save({key: state, "epoch": 3, "metrics": {"acc": np.float64(93.2)}}, folder / "w.pth")
     return folder / "w.pth"
 
@@ -113,18 +113,11 @@ def test_export_writes_official_names_that_load_reads(tmp_path):
     assert not moved(model, loaded) and loaded.config == model.config
 
 
-UNFIT = [  # a model, a change (None leaves the tensor out), sizes, words of the message
-    ("Student", {"ACT_encoder.gate": torch.ones(2)}, {}, ["nexpected key", "encoder.gate"]),
-    ("Classifier", {"cls_head_finetune.0.weight": None}, {}, ["known layout"]),
-    ("ViT", {}, {}, ["num_heads", 18]),
-    ("ViT", {"codebook": torch.tensor(1.0)}, {"num_heads": 2}, ["codebook", 2]),
-    ("Student", {}, {"num_heads": 5}, [5, 12]),
-]
-
-
-@pytest.mark.parametrize("kind, change, sizes, words", UNFIT)
-def test_what_does_not_fit_is_named(tmp_path, kind, change, sizes, words):
-    model = make_teacher() if kind == "ViT" else make(kind)
-    path = publish(tmp_path, official_state(model, kind) | change)
-    with refused(path, *words):
-        official.load(path, **sizes)
+def test_what_does_not_fit_is_named(tmp_path):
+    state = official_state(make("Student"), "Student")
+    path = publish(tmp_path, state | {"ACT_encoder.gate": torch.ones(2)})
+    with refused(path, "nexpected key", "encoder.gate"):
+        official.load(path)
+    path = publish(tmp_path, official_state(make_teacher(), "ViT"))
+    with refused(path, "num_heads", 18):
+        official.load(path)

@@ -1,5 +1,7 @@
 """Stage II: targets, masks, weights of --init, and both stages as users run them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,24 +11,25 @@ import common
 import train_student
 import train_teacher
 from common import assert_close, checkpoint, randn, refused, rows_of, same
-from util import run
+from util import run, synthetic
 
 
 @pytest.fixture
 def train(shapes, teacher_run):
     """A function that runs a stage with these words into the folder `out`."""
-    flags = {train_teacher: common.TEACHER + ["--data", shapes]}
-    words = ["--data", shapes, "--teacher", teacher_run / "last.pt"]
-    flags[train_student] = common.STUDENT + words
+    student = common.STUDENT + ["--teacher", teacher_run / "last.pt"]
+    flags = {train_teacher: common.TEACHER, train_student: student}
 
     def run_stage(words, out, module=train_student):
-        common.run_command(module, *flags[module], "--out", out, *words.split())
+        common.run_command(module, *flags[module], "--data", shapes, "--out", out, *words.split())
 
     return run_stage
 
 
 def test_losses_are_those_of_the_masked_patches_and_leave_the_teacher_alone(teacher_run):
     teacher = train_student.FixedTeacher(teacher_run / "last.pt", "cpu")
+    assert not teacher.model.training
+    assert not any(p.requires_grad for p in teacher.model.parameters())
     neighborhood, center = act.group_points(randn(4, 64, 3), 8, 8)
     masked = torch.tensor([[1, 5]] * 4)
     x = randn(4, 2, 16)
@@ -40,8 +43,6 @@ def test_losses_are_those_of_the_masked_patches_and_leave_the_teacher_alone(teac
     patches = neighborhood[:, [1, 5]].flatten(0, 1)
     found = train_student.coordinates_loss(x, neighborhood, center, masked, None, None)
     assert_close(found, act.chamfer_distance(x.view(8, 8, 3), patches, norm=2))
-    assert not teacher.model.training
-    assert not any(p.requires_grad for p in teacher.model.parameters())
 
 
 RUNS = {  # words -> whether there is a picture of what is predicted
@@ -62,24 +63,18 @@ def test_a_run_with_every_target(tmp_path, train, words):
     assert ("reconstruction.png" in files) == RUNS[words]
 
 
-MISTAKES = {  # words -> the command, what the message names
-    "--teacher absent.pt": (train_student, "train_teacher.py"),
-    "--data a --out a/b": (train_student, "--out a/b"),
-    "--data a/b --out a": (train_teacher, "--out a"),
-    "--mask-ratio 1": (train_student, "--mask-ratio"),
-    "--set num_group=4": (train_student, "the teacher's patches"),
-    "--target coordinates --loss l2": (train_student, "--loss"),
-    "--set tokens_dims=8": (train_teacher, "tokens_dims"),
-    "--points 7": (train_teacher, "--points"),
-    "--device cuda:99": (train_teacher, "--device"),
+MISTAKES = {  # words -> what the message names
+    "--teacher absent.pt": "train_teacher.py",
+    "--data a --out a/b": "--out a/b",
+    "--data a/b --out a": "--out a",
+    "--set num_group=4": "the teacher's patches",
 }
 
 
 @pytest.mark.parametrize("words", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_no_folder(tmp_path, train, words):
-    module, named = MISTAKES[words]
-    with refused(named):
-        train(words, tmp_path / "out", module)
+    with refused(MISTAKES[words]):
+        train(words, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -93,10 +88,16 @@ def test_init_takes_sizes_and_all_weights_that_fit(tmp_path, shapes, student_run
             assert torch.allclose(value, second["model"][name], atol=1e-4), name  # lr is from 1e-6
 
 
-def test_one_cloud_is_enough_for_both_stages_and_may_lose_invalid_points(tmp_path, shapes, train):
-    cloud = np.load(min(shapes.glob("*/*/*.npy")))
-    cloud[7] = np.nan
-    np.save(tmp_path / "cloud.npy", cloud)
+def test_a_student_knows_the_frame_of_its_training_clouds_as_stored():
+    split = synthetic.synthetic_clouds(1, num_points=64)
+    split = replace(split, points=3 * split.points + 7, normalized=False)
+    config = train_student.Config(target="coordinates", points=64, size="tiny")
+    c = train_student.student_config(config, None, None, split)
+    assert (c.center, c.radius) == split.frame() and not c.normalized
+
+
+def test_one_cloud_is_enough_for_both_stages_and_may_lose_invalid_points(tmp_path, train):
+    np.save(tmp_path / "cloud.npy", torch.cat([randn(99, 3), torch.full((1, 3), torch.nan)]))
     words = f"--data {tmp_path}/cloud.npy --epochs 1 --drop-invalid"
     train(words, tmp_path / "t", train_teacher)
     train(words + f" --teacher {tmp_path}/t/last.pt", tmp_path / "s")
@@ -114,17 +115,3 @@ def test_a_run_cut_in_mid_epoch_resumes_to_the_same_bits_and_on(tmp_path, train,
     for part in ("model", "optimizer", "epoch", "step", "random"):
         assert same(expected[part], resumed[part]), part
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
-
-
-def test_a_run_goes_on_with_more_steps_alone_and_else_moves_aside(tmp_path, shapes, train):
-    train("--steps 2", tmp_path)
-    data = f"--data {shapes}/train"
-    for words, named in ((data, "clouds"), ("--lr 0.5", "lr"), ("--set depth=1", "set")):
-        with refused("last.pt:", named):
-            train(f"--steps 3 --resume {words}", tmp_path)
-    train("--steps 3 --resume", tmp_path)  # ends in mid-epoch
-    before = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "notes.txt").write_text("mine")
-    train("--steps 0", tmp_path)
-    assert (next(tmp_path.glob("earlier-*")) / "last.pt").read_bytes() == before
-    assert not (tmp_path / "last.pt").exists() and (tmp_path / "notes.txt").exists()

@@ -7,9 +7,8 @@ Letters in shapes: B clouds of a batch, N points of each, T points of all clouds
 
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +17,14 @@ from torch import Generator, Tensor
 import act
 
 MAX_POINTS = 16384  # A larger cloud keeps a random part of this size.
-MAX_WIDTH = 200  # metres; a wider room is one in millimetres or centimetres
+MAX_WIDTH = 200  # metres; a wider room is in other units
+Random = Generator | None  # None: torch's own
+Share = tuple[int, int]  # (rank, world): clouds rank::world of a batch
 
 
 class Room(NamedTuple):  # Coordinates are in metres, and z points up.
     name: str
-    area: int  # the part of the building; some are for training, some for test
+    area: int  # part of the building, for training or for test
     xyz: np.ndarray  # (n, 3) float32
     labels: np.ndarray  # (n,) uint8, one per point
     boxes: list = ()  # (class, lowest corner, highest corner) of each object
@@ -37,7 +38,7 @@ class Scene(NamedTuple):  # Coordinates are in metres, and z points up.
 
 
 def identity(name: str, *arrays: np.ndarray) -> str:
-    """A name and a checksum of arrays, by which --resume notices other contents."""
+    """A name and a checksum of arrays, by which --resume notices others."""
     return f"{name} {zlib.crc32(b''.join(array.tobytes() for array in arrays))}"
 
 
@@ -54,7 +55,8 @@ class Clouds:
     part_ranges: list | None = None  # (first, last + 1) of each class's parts
     part_names: list[str] = field(default_factory=list)  # if the data set has them
     normalized: bool = True  # False: samples are used as stored
-    largest: int = 0  # points of the largest cloud, if known: sample then waits for no GPU
+    largest: int = 0  # points of the largest, if known: no wait for a GPU
+    distinct: Tensor | None = None  # what count_distinct tells, if known
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,9 +67,8 @@ class Clouds:
 
     def identities(self) -> list[str]:
         """Each cloud's name, size, ends and points' labels, for --resume."""
-        first = self.points[self.offsets[:-1]]
-        last = self.points[self.offsets[1:] - 1]
-        ends = torch.cat([first, last], dim=1).cpu().numpy()  # (number of clouds, 6)
+        places = torch.stack([self.offsets[:-1], self.offsets[1:] - 1], dim=1)
+        ends = self.points[places].cpu().numpy()  # (number of clouds, 2, 3)
         sizes = self.offsets.diff().tolist()
         marks = [0] * len(self)
         if self.parts is not None:
@@ -77,8 +78,7 @@ class Clouds:
 
     def to(self, device: torch.device | str) -> "Clouds":
         """The same clouds with all tensors on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        moved = {name: value.to(device) for name, value in tensors.items()}
+        moved = {name: x.to(device) for name, x in vars(self).items() if torch.is_tensor(x)}
         return replace(self, **moved, largest=int(self.offsets.diff().max()))
 
     def select(self, indices: Tensor | list[int] | range) -> "Clouds":
@@ -92,53 +92,70 @@ class Clouds:
         else:
             rows = (start - offsets[:-1]).repeat_interleave(size)
             rows += torch.arange(len(rows), device=rows.device)
-        names = [self.names[i] for i in indices.tolist()]
-        selected = replace(self, points=self.points[rows], offsets=offsets, names=names)
-        if self.labels is not None:
-            selected.labels = self.labels[indices]
-        if self.parts is not None:
-            selected.parts = self.parts[rows]
-        return selected
+        tensors = {"points": self.points[rows], "offsets": offsets}
+        for name, chosen in (("labels", indices), ("distinct", indices), ("parts", rows)):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)[chosen]
+        return replace(self, names=[self.names[i] for i in indices.tolist()], **tensors)
 
-    def sample(self, indices: Tensor, num_points: int, generator: Generator | None = None) -> tuple:
-        """A random `num_points` of each cloud, in random order; a smaller cloud is repeated.
-        indices (B,) -> xyz (B, num_points, 3) float32 on the generator's device, normalised anew if
-        `normalized`, and flat (B, num_points) int64, the rows of `points`."""
+    def frame(self) -> tuple[tuple, float]:
+        """The means of the clouds' centroids and of their largest distances from them."""
+        frames = []
+        for cloud in self.points.split(self.offsets.diff().tolist()):
+            center = cloud.double().mean(0)
+            frames.append(torch.hstack([center, (cloud - center).norm(dim=1).max()]))
+        x, y, z, radius = torch.stack(frames).mean(0).tolist()
+        return (x, y, z), radius
+
+    def sample(
+        self, indices: Tensor, num_points: int, generator: Random = None, share: Share = (0, 1)
+    ) -> tuple:
+        """A random `num_points` of each, a smaller one repeated: xyz (B, num_points, 3) on the
+        generator's device, normalised if `normalized`, and flat, their rows of `points`."""
+        rank, world = share
         device = self.points.device if generator is None else generator.device
-        indices = indices.to(self.offsets.device)
-        start = self.offsets[indices].to(device)  # (B,)
+        indices = indices.to(self.offsets.device, non_blocking=True)
         size = self.offsets.diff()[indices].to(device)  # (B,)
         largest = self.largest or int(size.max())
         # Places in the order of random keys; a key of 2 is beyond a cloud's end.
-        keys = torch.rand(len(size), largest, generator=generator, device=device)
+        keys = torch.rand(len(size), largest, generator=generator, device=device)[rank::world]
+        start = self.offsets[indices[rank::world]].to(device)
+        size = size[rank::world]
         keys.masked_fill_(torch.arange(largest, device=device) >= size[:, None], 2)
         order = keys.topk(min(num_points, largest), largest=False).indices
         turn = torch.arange(num_points, device=device) % size[:, None]  # (B, num_points)
-        chosen = order.gather(1, turn)  # (B, num_points)
-        flat = (start[:, None] + chosen).to(self.points.device)
+        flat = (start[:, None] + order.gather(1, turn)).to(self.points.device)
         xyz = self.points[flat].to(device)
         if self.normalized:
             xyz = unit_sphere(xyz)
         return xyz, flat
 
 
+def count_distinct(points: Tensor, offsets: Tensor) -> Tensor:
+    """How many different points each cloud has, (number of clouds,) int64."""
+    counts = []
+    for cloud in points.cpu().split(offsets.diff().tolist()):
+        x, y, z = cloud.numpy().astype(np.float64).T
+        key = x + 2**0.5 * y + 3**0.5 * z  # another one for another point, to double precision
+        counts.append(1 + np.count_nonzero(np.diff(np.sort(key))))
+    return torch.tensor(counts)
+
+
 def check_sizes(clouds: Clouds, num_group: int, group_size: int, points: int) -> None:
-    """Raises UserError unless samples have enough distinct points for the patches."""
+    """UserError unless samples have enough distinct points for the patches."""
     if points < group_size:
         raise act.UserError(f"--points: expected {group_size} or more, got {points}")
-    for i, name in enumerate(clouds.names):
-        count = len(clouds[i][: 4 * num_group].unique(dim=0))  # enough for nearly every cloud
-        if count < num_group:
-            count = len(clouds[i].unique(dim=0))
-        count = min(count, points)
+    distinct = clouds.distinct
+    if distinct is None:
+        distinct = count_distinct(clouds.points, clouds.offsets)
+    for name, count in zip(clouds.names, distinct.clamp(max=points).tolist(), strict=True):
         if count < num_group:
             raise act.UserError(f"{name}: expected {num_group} distinct --points, got {count}")
 
 
 @torch.no_grad()
 def each_cloud(function: Callable, clouds: Clouds, num_points: int | None = None) -> list:
-    """What `function`, of xyz (B, n, 3), gives for each cloud, in batches of one size. With
-    `num_points` it sees so many, as in files.read_cloud: the first, or all, repeated."""
+    """What `function` of (B, n, 3) gives for each cloud; n: its size, or num_points, repeated."""
     sizes = clouds.offsets.diff()
     seen = sizes if num_points is None else torch.full_like(sizes, num_points)
     values = [None] * len(clouds)
@@ -166,10 +183,10 @@ def subsample(clouds: Clouds, num_points: int, device: torch.device | str) -> Cl
 
     kept = each_cloud(farthest, clouds)
     offsets = torch.tensor([0] + [len(xyz) for xyz in kept]).cumsum(0)
-    return replace(clouds, points=torch.cat(kept), offsets=offsets, parts=None).to(device)
+    less = replace(clouds, points=torch.cat(kept), offsets=offsets, parts=None, distinct=None)
+    return less.to(device)
 
 
-# -- Normalising and thinning ---------------------------------------------------------------------
 def normalize(points: np.ndarray) -> np.ndarray:
     """(n, 3) -> float32, centroid 0, radius 1; UserError if all are equal."""
     points = np.asarray(points, np.float64)
@@ -180,40 +197,53 @@ def normalize(points: np.ndarray) -> np.ndarray:
     return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
 
 
+def origin(points: np.ndarray) -> np.ndarray:
+    """The centroid (3,) of points over 1000 times their radius away, as on a map; else 0."""
+    center = points.mean(axis=0)
+    if np.linalg.norm(center) > 1000 * np.linalg.norm(points - center, axis=1).max():
+        return center
+    return np.zeros(3)
+
+
+def as_float32(points: np.ndarray, normalized: bool = True) -> np.ndarray:
+    """Points (n, 3) float64 -> float32, normalised, or as stored less their origin."""
+    if normalized:
+        return normalize(points)
+    return (points - origin(points)).astype(np.float32)
+
+
 def unit_sphere(xyz: Tensor) -> Tensor:
-    """`normalize` for every cloud of a batch (B, N, 3); a cloud of equal points becomes 0."""
+    """`normalize` for every cloud of a batch (B, N, 3); equal points become 0."""
     xyz = xyz.double() - xyz.double().mean(1, keepdim=True)
     radius = xyz.norm(dim=2).amax(1)  # (B,)
     return (xyz / radius[:, None, None].clamp(min=1e-12)).float()
 
 
 def limit_points(rows: np.ndarray) -> np.ndarray:
-    """At most MAX_POINTS of the rows, chosen at random, the same places for the same length."""
+    """At most MAX_POINTS rows, chosen at random, the same places for one length."""
     if len(rows) <= MAX_POINTS:
         return rows
     return rows[np.random.default_rng(0).choice(len(rows), MAX_POINTS, replace=False)]
 
 
-# -- Augmentation ---------------------------------------------------------------------------------
+def random_rows(xyz: Tensor, columns: int, generator: Random, share: Share) -> Tensor:
+    """U(0, 1) for the clouds xyz of a share, (B, 1, columns), drawn for the whole batch."""
+    rank, world = share
+    return xyz.new_empty(len(xyz) * world, 1, columns).uniform_(generator=generator)[rank::world]
+
+
 def scale_translate(
-    xyz: Tensor,
-    generator: Generator | None = None,
-    scale: tuple[float, float] = (2 / 3, 3 / 2),
-    shift: float = 0.2,
-    per_axis: bool = True,
+    xyz: Tensor, generator: Random, scale=(2 / 3, 3 / 2), shift=0.2, per_axis=True, share=(0, 1)
 ) -> Tensor:
     """Clouds (B, N, 3), each scaled by U(*scale), moved by U(-shift, shift)."""
-    options = {"generator": generator, "device": xyz.device, "dtype": xyz.dtype}
     num_factors = 3 if per_axis else 1
-    factor = scale[0] + (scale[1] - scale[0]) * torch.rand(len(xyz), 1, num_factors, **options)
-    offset = shift * (2 * torch.rand(len(xyz), 1, 3, **options) - 1)
-    return xyz * factor + offset
+    factor = scale[0] + (scale[1] - scale[0]) * random_rows(xyz, num_factors, generator, share)
+    return xyz * factor + shift * (2 * random_rows(xyz, 3, generator, share) - 1)
 
 
-def rotate_y(xyz: Tensor, generator: Generator | None = None) -> Tensor:
-    """Each cloud of xyz (B, N, 3) turned about the y axis by an angle of its own, U(0, 2 pi)."""
-    random = torch.rand(len(xyz), 1, generator=generator, device=xyz.device, dtype=xyz.dtype)
-    angle = 2 * math.pi * random  # (B, 1)
+def rotate_y(xyz: Tensor, generator: Random, share: Share = (0, 1)) -> Tensor:
+    """Each cloud of xyz (B, N, 3) turned about the y axis by its own U(0, 2 pi)."""
+    angle = 2 * math.pi * random_rows(xyz, 1, generator, share)[:, 0]  # (B, 1)
     cos = angle.cos()
     sin = angle.sin()
     x, y, z = xyz.unbind(2)  # (B, N) each

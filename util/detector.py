@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import act
-from util import datasets
+from util import datasets, processes
 from util.metrics import box_iou
 
-MIN_EXTENT = 0.1  # metres, of a room, so that sizes and positions can be divided by it
+MIN_EXTENT = 0.1  # metres, of a room: sizes and positions are divided by it
 MIN_POINTS = 5  # in the box of a detection
 MIN_OBJECTNESS = 0.05
 MAX_OVERLAP = 0.25  # IoU of a detection with a better one of its class
-SCORE_THRESHOLD = 0.3  # pictures and tables show the detections above it
+SCORE_THRESHOLD = 0.3  # pictures and tables show detections above it
 EDGE_DOTS = 80  # on each edge of a box in a picture
 
 
@@ -104,11 +104,10 @@ class Detector(nn.Module):
         self.projection = nn.Sequential(dense(c.width, D), dense(D, D), dense(D, D))
         self.query_mlp = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU())
         self.register_buffer("frequencies", torch.randn(3, D // 2))
-        self.decoder = nn.ModuleList()
-        for _ in range(c.decoder_depth):
-            self.decoder.append(DecoderLayer(D, c.decoder_heads, c.dropout))
+        layers = [DecoderLayer(D, c.decoder_heads, c.dropout) for _ in range(c.decoder_depth)]
+        self.decoder = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(D)
-        self.heads = nn.ModuleList()  # of class, center and size; shared by all layers
+        self.heads = nn.ModuleList()  # of class, center, size; shared by all layers
         for out_dim in (len(c.class_names) + 1, 3, 3):
             hidden = nn.Sequential(dense(D, D, c.head_dropout), dense(D, D, c.head_dropout))
             self.heads.append(hidden.append(nn.Linear(D, out_dim)))
@@ -121,8 +120,8 @@ class Detector(nn.Module):
         low = xyz.amin(dim=1)
         high = xyz.amax(dim=1)
         extent = (high - low).clamp_min(MIN_EXTENT)
-        middle = (low + high)[:, None] / 2  # the encoder's origin, so that boxes move with the room
-        tokens = self.encoder(neighborhood, center - middle)[:, 1:]  # without the class token
+        middle = (low + high)[:, None] / 2  # the encoder's origin: boxes move with the room
+        tokens = self.encoder(neighborhood, center - middle)[:, 1:]  # no class token
         memory = apply_to_rows(self.projection, tokens)  # (B, G, D)
         pos = fourier_positions(center, low, extent, self.frequencies)
         key = memory + pos
@@ -141,15 +140,8 @@ class Detector(nn.Module):
 
 
 def load_detector(path, device="cpu") -> Detector:
-    """The detector of a checkpoint of detect.py, in eval mode. Raises UserError for other files."""
-    obj = act.read_checkpoint(path)
-    if obj["kind"] != "Detector":
-        raise act.UserError(f"{path}: expected a Detector, got a {obj['kind']}")
-    try:
-        model = Detector(DetectorConfig(**obj["config"]))
-    except (TypeError, ValueError, RuntimeError) as error:  # of sizes that fit no model
-        raise act.UserError(f"{path}: its config makes no Detector: {error}") from error
-    return act.load_exactly(model, obj["model"], path).to(device).eval()
+    """The detector of a checkpoint of detect.py, in eval mode; UserError for other files."""
+    return act.load(path, device, {"Detector": (Detector, DetectorConfig)})
 
 
 # -- detections ------------------------------------------------------------------------------------
@@ -160,17 +152,17 @@ def sample_points(xyz: np.ndarray, num_points: int, rng: np.random.Generator) ->
 
 @torch.no_grad()
 def find_boxes(model: Detector, scenes: list) -> list:
-    """select_detections of each scene, on the CPU. Points of the i-th are sampled with the seed i:
-    a second call finds the same. Leaves the model in eval mode."""
+    """select_detections of each scene, on the CPU, by all processes. Scene i is sampled with the
+    seed i: a second call finds the same. Leaves the model in eval mode."""
     model.eval()
     detections = []
-    for i, scene in enumerate(scenes):
-        xyz = sample_points(scene.xyz, model.config.points, np.random.default_rng(i))
+    for i in processes.share(range(len(scenes))):
+        xyz = sample_points(scenes[i].xyz, model.config.points, np.random.default_rng(i))
         xyz = torch.from_numpy(xyz).to(model.frequencies.device)
         logits, center, size, _ = model(xyz[None])
         boxes, scores = select_detections(center[-1, 0], size[-1, 0], logits[-1, 0], xyz)
         detections.append((boxes.cpu(), scores.cpu()))
-    return detections
+    return processes.gather(detections)
 
 
 def select_detections(center: Tensor, size: Tensor, logits: Tensor, xyz: Tensor) -> tuple:

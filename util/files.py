@@ -5,11 +5,14 @@
 Nothing in a file is executed. What is wrong is a UserError of one line that begins with its name.
 """
 
+import functools
 import importlib
 import io
 import os
+import pickle
+import pickletools
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Iterator, Mapping, Sequence
@@ -22,15 +25,17 @@ from util import clouds
 
 MESH_POINTS = 8192  # sampled from a mesh
 LABELLED = (".npy", ".txt", ".xyz", ".pts", ".csv")  # forms that may hold a label for each point
+POINTS = ("points", "xyz", "data", "pos", "positions")  # names of the points in an .npz
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+|nan|inf)(?:e[-+]?\d+)?(?![^\s,;])"
 THREE = rf"{NUMBER}[ \t,;]+{NUMBER}[ \t,;]+{NUMBER}"
 POINT = re.compile(rf"(?i)\s*{NUMBER}[\s,;]+{NUMBER}")  # the start of a line of numbers
-# A # or // and what follows, but not the // in the corner 1//2 of an .obj: no blank is before it.
-COMMENT = re.compile(r"(#|(?<!\S)//).*")
+COMMENT = re.compile(r"(#|(?<!\S)//).*")  # not the // in the corner 1//2 of an .obj
 # The same, but for a comment that names columns: "# id x y z".
 REMARK = re.compile(r"(?i)(#|(?<!\S)//)(?!.*\b[xyz]\W+[xyz]\W+[xyz]\b).*")
 CONVERSIONS = dict.fromkeys((".las", ".laz"), "numpy.save('a.npy', laspy.read('a.las').xyz)")
+CONVERSIONS |= dict.fromkeys((".stl", ".glb"), "trimesh.load_mesh('a.stl').export('a.ply')")
 CONVERSIONS[".pcd"] = "open3d.io.write_point_cloud('a.ply', open3d.io.read_point_cloud('a.pcd'))"
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 AnyPath = str | os.PathLike
 
 
@@ -58,7 +63,7 @@ def reading(path: AnyPath) -> Iterator[None]:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """Around one call of a foreign parser, whose errors of any type become a UserError."""
+    """Around a parser of foreign data, whose errors of any type become a UserError."""
     try:
         yield
     except OSError:
@@ -67,35 +72,66 @@ def parsing() -> Iterator[None]:
         raise act.UserError(f"expected data, got {type(error).__name__} {error}") from error
 
 
+def lock(file: BinaryIO) -> None:
+    """Locks a file while it is open. OSError if it is locked; ImportError if nothing here can."""
+    import fcntl  # POSIX alone has it
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@functools.cache  # Once a process: listing a folder for each file would take long in a large one.
+def remove_leftovers(folder: Path) -> None:
+    """Removes what complete_file left in a folder when its process was killed."""
+    for path in folder.glob(".act-*.tmp"):
+        with suppress(ImportError, OSError), open(path, "ab") as file:
+            lock(file)
+            path.unlink()
+
+
 @contextmanager
 def complete_file(path: AnyPath) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` once complete; a failure leaves `path` as it was."""
-    part = Path(f"{path}-{os.urandom(4).hex()}.tmp")
+    """A binary file that becomes `path` once complete; a failure leaves `path` as it was. It is
+    locked until then, so that the next writer in the folder can tell and remove leftovers."""
+    part = Path(path).parent / f".act-{os.urandom(8).hex()}.tmp"
     try:
+        remove_leftovers(part.absolute().parent)
         with open(part, "xb") as file:
+            with suppress(ImportError, OSError):
+                lock(file)
             yield file
         os.replace(part, path)
     except OSError as error:
-        raise act.UserError(f"{path}: expected to write it, got {error}") from error
+        raise act.UserError(f"{path}: expected to write, got {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
-def list_files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """All files below a folder, sorted, but hidden ones. No link is followed back `above`."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for path in sorted(path for path in Path(folder).iterdir() if path.name[0] != "."):
-        if path.is_dir():
-            yield from list_files(path, above + (real,))
-        else:
-            yield path
+def list_files(folder: AnyPath) -> list[Path]:
+    """All files below a folder, sorted, but hidden ones and those of system folders. A folder is
+    visited once, by its own path rather than by a link to it, and no link leads above `folder`."""
+    visited = set(Path(os.path.realpath(folder)).parents)
+    folders = [Path(folder)]  # The last is visited next.
+    listed = []
+    while folders:
+        current = folders.pop()
+        real = Path(os.path.realpath(current))
+        if real in visited:
+            continue
+        visited.add(real)
+        with reading(current):
+            for path in sorted(current.iterdir()):
+                is_hidden = path.name[0] == "." or path.name in SYSTEM_FOLDERS
+                if path.is_dir() and not is_hidden:  # Links are visited after all that are none.
+                    folders.insert(0 if path.is_symlink() else len(folders), path)
+                elif not is_hidden:
+                    listed.append(path)
+    return sorted(listed)
 
 
 # -- Arrays and texts -----------------------------------------------------------------------------
 def read_numpy(path: Path) -> np.ndarray:
-    """The array of a .npy, mapped, or of a .npz: its only one, or points, xyz, data or pos. Fields
+    """The array of a .npy, mapped, or of a .npz: its only one, or the first of POINTS. Fields
     of an array, or arrays of a .npz, become columns if three are named x, y and z."""
     with parsing():
         table = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -105,7 +141,7 @@ def read_numpy(path: Path) -> np.ndarray:
             raise act.UserError(f"expected less packed data, got {size} bytes")
         names = list(table)
         if len(names) > 1:
-            names = [name for name in ("points", "xyz", "data", "pos") if name in table]
+            names = [name for name in POINTS if name in table]
         if names:
             with parsing():
                 table = table[names[0]]
@@ -140,11 +176,6 @@ def number_lines(path: AnyPath, comment: re.Pattern = COMMENT) -> dict[int, str]
             if line.strip():
                 rows[number] = line
     return rows
-
-
-def text_lines(path: AnyPath) -> list[str]:
-    """The lines of a text that are not blank, without # and // comments."""
-    return list(number_lines(path).values())
 
 
 def holds_points(path: AnyPath) -> bool:
@@ -202,6 +233,47 @@ def read_text(path: Path, labelled: bool = False) -> np.ndarray:
     return parse_numbers(rows, columns, mark)
 
 
+# -- Pickles, of which arrays and plain values are read -------------------------------------------
+class PickledDtype:  # in place of numpy.dtype, whose flags, if forged, crash the interpreter
+    def __init__(self, code, *_):
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "fiub":
+            raise pickle.UnpicklingError(f"an array of {self.dtype}")
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PickledArray(np.ndarray):  # takes its type from a PickledDtype
+    def __setstate__(self, state):
+        version, shape, kind, is_fortran, data = state
+        super().__setstate__((version, shape, kind.dtype, is_fortran, data))
+
+
+class ArrayUnpickler(pickle.Unpickler):  # a KeyError for all names that no array needs
+    ALLOWED = {
+        "numpy.ndarray": None,  # the first argument of _reconstruct, and nothing else
+        "numpy.dtype": PickledDtype,
+        "numpy._core.multiarray._reconstruct": lambda *_: PickledArray(0),
+        "numpy._core.multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.dtype)[0],
+        "_codecs.encode": lambda text, _: text.encode("latin1"),  # bytes of protocols 0 to 2
+    }
+
+    def find_class(self, module, name):
+        return self.ALLOWED[f"{module}.{name}".replace("numpy.core.", "numpy._core.")]  # numpy 1's
+
+
+def read_pickle(path: Path) -> object:
+    """The plain values and arrays of a pickle, also of one that Python 2 wrote."""
+    with reading(path), open(path, "rb") as file, parsing():
+        # A few bytes can claim any amount of memory. genops checks the lengths of all values.
+        for opcode, argument, _ in pickletools.genops(file):
+            if "PUT" in opcode.name and int(argument) > os.fstat(file.fileno()).st_size:
+                raise pickle.UnpicklingError(f"place {argument} of the memo")
+        file.seek(0)
+        return ArrayUnpickler(file, encoding="latin1").load()
+
+
 # -- Meshes ---------------------------------------------------------------------------------------
 def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
     """The corners of triangles, (t, 3, 3), that cover the faces, which may be any polygons."""
@@ -251,8 +323,7 @@ def cut_polygon(polygon: np.ndarray, axis: int) -> np.ndarray:
 
 def sample_mesh(vertices: np.ndarray, faces: list) -> np.ndarray:
     """MESH_POINTS (n, 3) of the surface, uniform by area, always the same ones."""
-    triangles = triangulate(vertices, faces)
-    a, b, c = np.moveaxis(triangles, 1, 0)  # (t, 3) each
+    a, b, c = np.moveaxis(triangulate(vertices, faces), 1, 0)  # (t, 3) each
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     if not 0 < area.sum() < np.inf:
         raise act.UserError(f"expected faces with an area, got {area.sum()}")
@@ -269,22 +340,18 @@ def read_ply(path: Path) -> tuple:
     for count in re.findall(rb"[\r\n]element\s+\S+\s+(\d+)", head):
         if int(count) > path.stat().st_size:  # plyfile would first reserve memory for all.
             raise act.UserError(f"expected {int(count)} rows of an element, got a shorter file")
-    # plyfile refuses comments that are not ASCII, and texts with the line ends of other systems.
+    # plyfile refuses blank lines, comments that are not ASCII, line ends of other systems in texts.
+    head = re.sub(rb"\s*[\r\n]+", b"\n", head)
     data = head.decode("ascii", "ignore").encode() + end + body
     stream = io.BytesIO(data)
     if re.search(rb"[\r\n]format\s+ascii", head):
         stream = io.StringIO(data.decode("latin-1"), newline=None)
     with parsing():
         elements = {element.name: element for element in plyfile.PlyData.read(stream)}
+        names = {each.name.lower(): each.name for each in elements["vertex"].properties}
+        vertices = np.stack([elements["vertex"][names[axis]] for axis in "xyz"], axis=1)
     if stream.read().strip():
         raise act.UserError(f"expected an end after {', '.join(elements)}, got more data")
-    if "vertex" not in elements:
-        raise act.UserError(f"expected an element vertex, got {', '.join(elements)}")
-    vertex = elements["vertex"]
-    names = {each.name.lower(): each.name for each in vertex.properties}
-    if not {"x", "y", "z"} <= names.keys():
-        raise act.UserError(f"expected vertices with x, y and z, got {', '.join(names)}")
-    vertices = np.stack([vertex[names[axis]] for axis in "xyz"], axis=1)
     if "face" not in elements or len(elements["face"]) == 0:
         return vertices, []
     for each in elements["face"].properties:  # The list is vertex_indices or vertex_index.
@@ -305,12 +372,10 @@ def read_off(path: Path) -> tuple:
     if len(rest) - num_vertices - num_faces not in (0, num_edges):  # Some have a line an edge.
         raise act.UserError(f"expected {num_vertices} + {num_faces} lines, got {len(rest)}")
     faces = []
-    for _, line in rest[num_vertices:][:num_faces]:
-        words = line.split()
-        try:
+    with parsing():
+        for _, line in rest[num_vertices:][:num_faces]:
+            words = line.split()
             faces.append([int(words[i]) for i in range(1, int(words[0]) + 1)])  # not its colour
-        except (ValueError, IndexError) as error:
-            raise act.UserError(f"expected a face like 3 0 1 2, got {line[:60]!r}") from error
     return parse_numbers(dict(rest[:num_vertices]), (0, 1, 2)), faces
 
 
@@ -328,26 +393,14 @@ def read_obj(path: Path) -> tuple:
         elif words[0] == "v":
             vertices[number] = line
         elif words[0] == "f":
-            try:
+            with parsing():
                 corners = [int(word.split("/")[0]) for word in words[1:]]
-            except ValueError as error:
-                raise act.UserError(f"expected whole numbers, got {line[:60]!r}") from error
             faces.append([len(vertices) + i if i < 0 else i - 1 for i in corners])
     return parse_numbers(vertices, (1, 2, 3)), faces
 
 
-def read_scene(path: Path) -> tuple:
-    """An .stl or .glb, by trimesh: all its meshes, each where it stands."""
-    trimesh = require("trimesh")
-    with parsing():
-        mesh = trimesh.load_mesh(path, process=False)
-    return mesh.vertices, list(mesh.faces)
-
-
-# -- Any file -------------------------------------------------------------------------------------
-READERS = {".npy": read_numpy, ".npz": read_numpy, ".txt": read_text, ".xyz": read_text}
-READERS |= {".pts": read_text, ".csv": read_text, ".ply": read_ply, ".off": read_off}
-READERS |= {".obj": read_obj, ".stl": read_scene, ".glb": read_scene}
+READERS = {".npy": read_numpy, ".npz": read_numpy} | dict.fromkeys(LABELLED[1:], read_text)
+READERS |= {".ply": read_ply, ".off": read_off, ".obj": read_obj}
 
 
 def check_points(array: np.ndarray, drop_invalid: bool = False) -> np.ndarray:
@@ -358,26 +411,25 @@ def check_points(array: np.ndarray, drop_invalid: bool = False) -> np.ndarray:
     if not fits or array.dtype.kind not in "fiub":
         raise act.UserError(f"expected numbers (n, 3), got {array.dtype} of shape {array.shape}")
     points = np.array(array[:, :3], np.float64)
-    finite = np.isfinite(points).all(axis=1)
-    wrong = len(points) - finite.sum()
-    if wrong > 0 and not drop_invalid:
-        raise act.UserError(f"expected finite points or --drop-invalid, got {wrong} not finite")
-    return points[finite]
+    bad = ~np.isfinite(points).all(axis=1)
+    if bad.any() and not drop_invalid:
+        raise act.UserError(f"expected finite points or --drop-invalid, got {bad.sum()} not finite")
+    return points[~bad]
 
 
 def read_points(path: AnyPath, drop_invalid: bool = False) -> np.ndarray:
-    """The points of a file, (n, 3) float64 as stored, without invalid ones if they are to be
-    dropped; of a mesh MESH_POINTS of its surface."""
+    """The points of a file, (n, 3) float64 as stored; of a mesh MESH_POINTS of its surface."""
     suffix = Path(path).suffix.lower()
     with reading(path):
         if suffix not in READERS:
             way = CONVERSIONS.get(suffix, "not known")
             raise act.UserError(f"expected {' '.join(READERS)}, got {suffix!r}: {way}")
+        with open(path, "rb") as file:
+            if file.read(30).startswith(b"version https://git-lfs"):
+                raise act.UserError("expected data, got a Git LFS pointer: git lfs pull")
         content = READERS[suffix](Path(path))
-        faces = []
-        if isinstance(content, tuple):
-            content, faces = content
-        points = check_points(content, drop_invalid and not faces)
+        array, faces = content if isinstance(content, tuple) else (content, [])
+        points = check_points(array, drop_invalid and not faces)
         if faces:
             points = sample_mesh(points, faces)
         clouds.normalize(points)  # raises if all are equal
@@ -385,29 +437,31 @@ def read_points(path: AnyPath, drop_invalid: bool = False) -> np.ndarray:
 
 
 def read_cloud(
-    path: AnyPath, points: int | None = 1024, normalized: bool = True, drop_invalid: bool = False
+    path: AnyPath, points: int | None = 1024, normalized=True, drop_invalid=False, frame=None
 ) -> np.ndarray:
-    """A file as a model takes it, (points, 3) float32: the farthest ones of limit_points' part; a
-    smaller cloud is repeated, as in training. points=None: all of that part."""
-    prepare = clouds.normalize if normalized else np.float32
+    """A file as a model takes it, (points, 3) float32: the farthest of limit_points' part, repeated
+    if fewer; None: all. normalized=False: as stored, or with a model's frame (center, radius)."""
+    normalized = normalized or frame is not None
     with reading(path):
-        xyz = prepare(clouds.limit_points(read_points(path, drop_invalid)))
-        if points is None:
-            return xyz
-        chosen = np.arange(points) % len(xyz)
-        if len(xyz) > points:
-            chosen = act.farthest_point_sample(torch.from_numpy(xyz)[None], points)[0].numpy()
-        return prepare(xyz[chosen])
+        xyz = clouds.limit_points(read_points(path, drop_invalid))
+        xyz = clouds.as_float32(xyz, normalized)
+        if points is not None:
+            chosen = np.arange(points) % len(xyz)
+            if len(xyz) > points:
+                chosen = act.farthest_point_sample(torch.from_numpy(xyz)[None], points)[0].numpy()
+            xyz = clouds.as_float32(xyz[chosen], normalized)
+        if frame is not None:
+            xyz = np.float32(frame[1] * xyz + np.asarray(frame[0]))
+        return xyz
 
 
-def read_labelled(path: AnyPath, first: int = 0, last: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Rows x y z ... label of a .npy or text -> xyz (n, 3) float64, labels first to last - 1."""
-    path = Path(path)
+def read_labelled(path: Path, first: int = 0, last: int = 256, drop_invalid: bool = False) -> tuple:
+    """Rows x y z ... label of a .npy or text -> (n, 3) float64, labels first to last - 1, uint8."""
     with reading(path):
-        is_array = path.suffix.lower() == ".npy"
-        rows = read_numpy(path) if is_array else read_text(path, labelled=True)
-        xyz = check_points(rows)
-        labels = np.asarray(rows[:, 3:])[:, -1:].ravel()  # none if there are coordinates alone
+        rows = read_numpy(path) if path.suffix.lower() == ".npy" else read_text(path, labelled=True)
+        xyz = check_points(rows, drop_invalid)
+        finite = np.isfinite(rows[:, :3]).all(axis=1)
+        labels = rows[:, 3:][finite, -1:].ravel()  # none if there are coordinates alone
         wrong = labels[~np.isin(labels, np.arange(first, last))]
         if len(wrong) > 0 or len(labels) == 0:
             expected = f"a last column of labels {first} to {last - 1}"
@@ -419,10 +473,9 @@ def write_ply(path: AnyPath, xyz: np.ndarray, colors: np.ndarray | None = None) 
     """xyz (N, 3), colors (N, 3) uint8 -> a binary .ply, in double where float would move a point by
     more than 1e-5 of the cloud's extent, or 0.001."""
     kind = "float"
-    if len(xyz) > 0:
-        moved = np.abs(np.float32(xyz) - xyz).max()
-        if moved > 1e-3 or 0 < 1e-5 * np.ptp(xyz, axis=0).max() < moved:
-            kind = "double"
+    moved = np.abs(np.float32(xyz) - xyz).max()
+    if moved > 1e-3 or 0 < 1e-5 * np.ptp(xyz, axis=0).max() < moved:
+        kind = "double"
     rows = np.ascontiguousarray(xyz, {"float": "<f4", "double": "<f8"}[kind]).view(np.uint8)
     head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}\n"
     head += f"property {kind} x\nproperty {kind} y\nproperty {kind} z\n"

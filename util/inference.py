@@ -1,7 +1,8 @@
-"""A trained model on whole clouds: a feature of each cloud, a label for each of its points."""
+"""A trained model on whole clouds: a feature of each, a label for each point; results."""
 
 import csv
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,10 @@ import torch
 from torch import nn
 
 import act
-from util import clouds, pictures, run
+from util import clouds, files, pictures, processes, run
 
 BLOCK = 1.0  # metres, the side of a room's blocks
 STRIDE = 0.5  # metres from block to block
-MARGIN = 0.001  # metres around a block, so that rounding loses no point at a wall
 BATCH_SIZE = 16
 
 
@@ -24,9 +24,16 @@ def cloud_feature(model: nn.Module, xyz: torch.Tensor) -> torch.Tensor:
     return act.global_feature(model.encoder(*model.encoder.group(xyz)))
 
 
-# -- a label for each point ------------------------------------------------------------------------
+def each_cloud(function: Callable, split: clouds.Clouds, num_points: int) -> torch.Tensor:
+    """clouds.each_cloud by all processes together: one tensor (n, ...) on each."""
+    own = processes.share(range(len(split)))
+    values = clouds.each_cloud(function, split.select(own), num_points) if own else []
+    values = processes.gather([value.cpu() for value in values])
+    return torch.stack(values).to(split.points.device)
+
+
 def block_centers(low: float, high: float, values: np.ndarray) -> np.ndarray:
-    """Centres of blocks along an axis, the last of which ends at high.
+    """Centres of blocks along an axis; the last ends at high.
     Those near a value alone, for a room in millimetres has millions."""
     last = max(low, high - BLOCK)  # where the last block begins
     count = int(np.ceil((last - low) / STRIDE)) + 1
@@ -37,11 +44,11 @@ def block_centers(low: float, high: float, values: np.ndarray) -> np.ndarray:
 
 
 def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The regions of 1 m x 1 m, 0.5 m apart, that cover a room xyz (n, 3), in metres, z up.
-    S3DIS is tested so. Their origin is the middle in x and y, and 0 in z: heights stay."""
+    """Regions of 1 m x 1 m, 0.5 m apart, that cover a room xyz (n, 3), in metres, z up,
+    as S3DIS is tested. Their origin is the middle in x and y, 0 in z."""
     low = xyz.min(axis=0).astype(np.float64)
     high = xyz.max(axis=0).astype(np.float64)
-    reach = BLOCK / 2 + MARGIN
+    reach = BLOCK / 2 + 0.001  # rounding loses no point
     for x in block_centers(low[0], high[0], xyz[:, 0]):
         column = np.flatnonzero(abs(xyz[:, 0] - x) <= reach)
         for y in block_centers(low[1], high[1], xyz[column, 1]):
@@ -51,7 +58,7 @@ def room_blocks(xyz: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def point_sets(regions: Iterable, num_points: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random sets, always the same ones, that hold every point of each region.
+    """Random sets, always the same, that hold every point of each region.
     Regions and sets are pairs: indices (m,) or (num_points,), origin (3,)."""
     rng = np.random.default_rng(0)
     for inside, origin in regions:
@@ -64,7 +71,7 @@ def point_sets(regions: Iterable, num_points: int) -> Iterator[tuple[np.ndarray,
 def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None) -> np.ndarray:
     """xyz (n, 3) of an object, or of a room if the Segmenter takes clouds as stored -> labels
     (n,) int64, always the same: the likeliest, among the parts of a category if given, by the
-    sum of a point's probabilities in all sets that hold it. Leaves the model in eval mode."""
+    sum of a point's probabilities in all sets that hold it."""
     c = model.config
     device = next(model.parameters()).device
     model.eval()
@@ -88,30 +95,29 @@ def label_points(model: nn.Module, xyz: np.ndarray, category: int | None = None)
     return votes[:, first:end].argmax(dim=1).numpy() + first
 
 
-# -- tables ----------------------------------------------------------------------------------------
 def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
-    """Rows of values -> a .csv file in UTF-8."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    """Rows of values -> a .csv in UTF-8."""
+    with files.complete_file(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+        csv.writer(text).writerows(rows)
 
 
-def label_names(config: act.SegmenterConfig) -> list[str]:
-    """The name of each label of a Segmenter; parts are numbered behind their category's name."""
-    if not config.num_categories:
-        return list(config.class_names)
-    names = [f"part {i}" for i in range(config.num_parts)]
-    for category, (first, end) in zip(config.class_names, config.part_ranges, strict=True):
-        for part in range(first, end):
-            names[part] = f"{category} part {part}"
-    return names
+def check_features(path: str) -> None:
+    """UserError unless --features is empty or an .npz that can be written."""
+    path = Path(path)
+    if path.name and (path.suffix != ".npz" or path.is_dir() or not path.parent.is_dir()):
+        raise act.UserError(f"--features: expected an .npz in a folder that is there, got {path}")
 
 
 def write_legend(path: str | Path, config: act.SegmenterConfig) -> tuple[list[str], np.ndarray]:
     """A .csv of a Segmenter's labels -> their names, and colours (labels, 3) uint8."""
-    names = label_names(config)
+    names = list(config.class_names)
+    if config.num_categories:
+        names = [f"part {i}" for i in range(config.num_parts)]
+        for category, (first, end) in zip(config.class_names, config.part_ranges, strict=True):
+            names[first:end] = [f"{category} part {part}" for part in range(first, end)]
     colors = np.uint8(255 * pictures.palette(config.num_parts))
     rows = [("colour", "name")]
-    for (red, green, blue), name in zip(colors, names, strict=True):
-        rows.append((f"#{red:02x}{green:02x}{blue:02x}", name))
+    for color, name in zip(colors, names, strict=True):
+        rows.append((f"#{color.tobytes().hex()}", name))
     write_csv(path, rows)
     return names, colors

@@ -1,4 +1,4 @@
-"""Metrics: accuracy and IoU of labels, IoU and average precision of boxes, a linear SVM.
+"""Metrics: accuracy and IoU of labels, IoU and precision of boxes, a linear SVM.
 
 Shapes: N and M boxes, n detections, K true boxes, C classes, D features. A box is its center (3)
 and its size (3), with faces along the axes.
@@ -29,31 +29,23 @@ def accuracy(matrix: Tensor) -> dict:
 
 
 def iou(matrix: Tensor) -> Tensor:
-    """From counts (C, C): each class's IoU in percent, NaN if neither true nor predicted, (C,)."""
+    """From counts (C, C): each class's IoU in percent, (C,); NaN if it does not occur."""
     hits = matrix.diag()
     union = matrix.sum(dim=0) + matrix.sum(dim=1) - hits
     return 100 * hits.double() / union
 
 
 def print_table(matrix: Tensor, names: list) -> None:
-    """Prints each class's number, accuracy and IoU ("-" if it does not occur), and the five
-    classes that it is most often taken for."""
+    """Prints a line for each class that occurs."""
     width = max(len(name) for name in names) + 2
     count = matrix.sum(dim=1)
     recalls = 100 * matrix.diag() / count
     overlaps = iou(matrix)
-    print(f"{'class':{width}}{'number':>10}{'accuracy':>10}{'IoU':>8}  taken for")
-    for i, name in enumerate(names):
-        others = []
-        for j in matrix[i].argsort(descending=True, stable=True).tolist():
-            if matrix[i, j] > 0 and j != i:
-                others.append(f"{names[j]} {matrix[i, j]}")
-        figures = f"{recalls[i]:10.1f}{overlaps[i]:8.1f}".replace("nan", "  -")
-        print(f"{name:{width}}{count[i]:10d}{figures}  {', '.join(others[:5])}")
-    print(f"mean_accuracy is over the {(count > 0).sum()} classes that occur")
+    print(f"{'class':{width}}{'number':>10}{'accuracy':>10}{'IoU':>8}")
+    for i in count.nonzero()[:, 0].tolist():
+        print(f"{names[i]:{width}}{count[i]:10d}{recalls[i]:10.1f}{overlaps[i]:8.1f}")
 
 
-# -- boxes -----------------------------------------------------------------------------------------
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of all pairs of boxes: (..., N, 6), (..., M, 6) -> (..., N, M), 0 for flat boxes."""
     inner, union, _ = _volumes(a, b)
@@ -61,14 +53,14 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU of all pairs, IoU - 1 + union / hull, from -1 to 1 (Rezatofighi et al., CVPR 2019).
+    """GIoU of all pairs, IoU - 1 + union / hull, from -1 to 1 (Rezatofighi et al. 2019).
     Shapes as in box_iou. Value and gradient are finite for flat boxes."""
     inner, union, hull = _volumes(a, b)
     return inner / union - 1 + union / hull
 
 
 def _volumes(a, b):
-    """Volumes (..., N, M) of each pair's intersection, union and hull, the last two >= 1e-9."""
+    """Volumes (..., N, M) of pairs' intersection, union, hull, the last two >= 1e-9."""
     a = a.unsqueeze(-2)  # (..., N, 1, 6)
     b = b.unsqueeze(-3)  # (..., 1, M, 6)
     a_low = a[..., :3] - a[..., 3:] / 2
@@ -86,8 +78,7 @@ def _volumes(a, b):
 def average_precision(detections: list, truths: list, num_classes: int, threshold: float) -> tuple:
     """Average precision (the area under the envelope of precision over recall) and recall of each
     class: two tensors (C,) float64 from 0 to 1, NaN for a class without true boxes.
-    detections: of each room the boxes (n, 6) and scores (n, C)
-    truths: of each room the true boxes (K, 6) and labels (K,)
+    detections, truths: each room's boxes (n, 6), scores (n, C), or (K, 6), labels (K,)
     By score, a detection takes the box of its class of highest IoU. It is right if that exceeds
     the threshold and the box was not taken."""
     ap = torch.zeros(num_classes, dtype=torch.float64)
@@ -114,7 +105,6 @@ def average_precision(detections: list, truths: list, num_classes: int, threshol
     return ap, recall
 
 
-# -- linear SVM ------------------------------------------------------------------------------------
 def linear_svm(x: Tensor, labels: Tensor, C: float) -> Tensor:
     """Weights (D, classes) of one-against-rest linear SVMs on x (n, D): each class's minimum of
     |w|^2 / 2 + C sum_i max(0, 1 - y_i w . x_i)^2, where y_i is 1 in the class, else -1. By L-BFGS,
@@ -133,6 +123,11 @@ def linear_svm(x: Tensor, labels: Tensor, C: float) -> Tensor:
     return w
 
 
+def _percent_right(C, x, labels, queries, truth):
+    scores = queries @ linear_svm(x, labels, C)
+    return 100 * (scores.argmax(dim=1) == truth).double().mean().item()
+
+
 def svm_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> tuple:
     """Percent of test features (m, D) that a linear SVM on train features (n, D) labels right,
     standardised by the latter, and its C, the best on every fifth of these by class."""
@@ -143,13 +138,10 @@ def svm_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     y = train_labels[order]
     queries = F.pad((test - mean) / std, (0, 1), value=1.0)
     held_out = torch.arange(len(x), device=x.device) % 5 == 0
-    shares = {}
-    for C in (0.001, 0.01, 0.1, 1.0):
-        w = linear_svm(x[~held_out], y[~held_out], C)
-        shares[C] = _share_right(w, x[held_out], y[held_out])
-    best_C = max(shares, key=shares.get)  # the first of equally good ones
-    w = linear_svm(x, y, best_C)
-    return 100 * _share_right(w, queries, test_labels), best_C
+    split = (x[~held_out], y[~held_out], x[held_out], y[held_out])
+    percent = {C: _percent_right(C, *split) for C in (0.001, 0.01, 0.1, 1.0)}
+    best_C = max(percent, key=percent.get)  # the first of equally good ones
+    return _percent_right(best_C, x, y, queries, test_labels), best_C
 
 
 def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
@@ -160,7 +152,3 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     one_hot = F.one_hot(train_labels)[nearest].double()  # (m, 5, classes)
     votes = one_hot.sum(dim=1) + 0.01 * (one_hot * value[..., None]).sum(dim=1)
     return 100 * (votes.argmax(dim=1) == test_labels).double().mean().item()
-
-
-def _share_right(w, x, labels):
-    return ((x @ w).argmax(dim=1) == labels).double().mean().item()

@@ -25,8 +25,8 @@ STUDENT = {
     "mask_token": "mask_token",
     "proj_head": "head",
 }
-POINT_MAE = {old.replace("ACT", "MAE"): new for old, new in STUDENT.items()}
-OTHER_HEADS = {"proj_head.0": "head", "increase_dim.0": "head"}
+STUDENTS = STUDENT | {old.replace("ACT", "MAE"): new for old, new in STUDENT.items()}
+STUDENTS |= {"proj_head.0": "head", "increase_dim.0": "head"}  # of other files
 STUDENT_DROPPED = ("dvae_tokenizer.", "ACT_encoder.lm_head.", "ACT_encoder.cls_head.")
 
 ENCODER = {"encoder": "encoder.patch_embed", "blocks.blocks": "encoder.blocks"}
@@ -41,22 +41,28 @@ SEGMENTER |= {"bns1": "head.1", "bns2": "head.5"}
 
 SAME = ("encoder", "codebook", "dgcnn_{}", "proj_pre", "proj_post", "visual_pos_embed", "decoder")
 SAME += ("visual_prompt_token", "visual_prompt_pos", "deep_prompt_tokens", "deep_prompt_pos")
-TEACHER = {name: name for name in SAME}
+TEACHER = dict(zip(SAME, SAME, strict=True))
 for layer in ("dgcnn_{}.layer1", "dgcnn_{}.layer2", "dgcnn_{}.layer3", "dgcnn_{}.layer4"):
     TEACHER |= below(layer, layer, {"0": "linear", "1": "norm"})
 
 # A teacher's name of its trunk -> the name in the layout of that trunk.
-VIT_TRUNK = {"visual_embed.0": "blocks", "visual_embed.1": "norm"}
 CLIP_TRUNK = {"visual_embed.0": "visual.ln_pre", "visual_embed.2": "visual.ln_post"}
 CLIP_TRUNK |= {"visual_embed.1": "visual.transformer.resblocks"}
 TRUNKS = (
-    ("visual_embed.0.0.norm1.weight", VIT_TRUNK),
+    ("visual_embed.0.0.norm1.weight", {"visual_embed.0": "blocks", "visual_embed.1": "norm"}),
     ("visual_embed.1.0.ln_1.weight", CLIP_TRUNK),
     ("visual_embed.0.layer.0.output.LayerNorm.weight", {"visual_embed.0.layer": "encoder.layer"}),
 )
+KINDS = (  # A student's file can hold its teacher, so it is first.
+    ("ACT_encoder.norm.weight", "Student", STUDENTS, STUDENT_DROPPED),
+    ("MAE_encoder.norm.weight", "Student", STUDENTS, STUDENT_DROPPED),
+    ("codebook", "Teacher", None, None),  # see read_teacher
+    ("dvae_tokenizer.codebook", "Teacher", None, None),
+    ("convs3.weight", "Segmenter", SEGMENTER, ()),
+    ("cls_head_finetune.0.weight", "Classifier", CLASSIFIER, ()),
+)
 
 
-# -- Reading: official tensors -> state dict under our names, config ------------------------------
 def load(path, device="cpu", **sizes) -> nn.Module:
     """The Teacher, Student, Classifier or Segmenter of an official checkpoint, in eval mode.
 
@@ -65,14 +71,19 @@ def load(path, device="cpu", **sizes) -> nn.Module:
     (128 with a head of transfer), group_size 32. Point-MAE's missing class token is newly
     initialised with a warning. UserError for any other file."""
     obj = weights.read_tensors(path)
-    state = weights.find_state_dict(obj)
-    _, kind, read = weights.find_layout(state, KINDS, path)
-    state, config = read(state, path, sizes.get("num_heads"))
+    state = weights.find_state_dict(obj)  # newer Segmenters' heads end in _cls
+    state = {key.replace("_cls.", "."): value for key, value in state.items()}
+    _, kind, names, dropped = weights.find_layout(state, KINDS, path)
+    num_heads = sizes.get("num_heads")
+    if kind == "Teacher":
+        state, config = read_teacher(state, path, num_heads)
+        sizes.pop("num_heads", None)  # They are its backbone's.
+    else:
+        state = rename(state, names, dropped, path)
+        config = read_sizes(kind, state, path, num_heads)
     if isinstance(obj.get("config"), dict):  # of export()
         config = obj["config"]
     config = config | sizes
-    if kind == "Teacher":
-        config.pop("num_heads", None)  # They are its backbone's.
     model_class, config_class = act.KINDS[kind]
     try:
         model = model_class(config_class(**config))
@@ -85,7 +96,7 @@ def load(path, device="cpu", **sizes) -> nn.Module:
     return act.load_exactly(model, state, path).to(device).eval()
 
 
-def rename(state: dict, names: dict, path, dropped: tuple = ()) -> dict:
+def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
     """The tensors under our names; 1 x 1 convolutions become matrices."""
     state = weights.rename(state, names, dropped, path)
     for key, value in state.items():
@@ -94,51 +105,32 @@ def rename(state: dict, names: dict, path, dropped: tuple = ()) -> dict:
     return state
 
 
-def count_blocks(state: dict, prefix: str) -> int:
-    return sum(key.startswith(prefix) and key.endswith(".norm1.weight") for key in state)
+def read_sizes(kind: str, state: dict, path, num_heads: int | None) -> dict:
+    """The config of a Student, Classifier or Segmenter, of tensors under our names."""
 
+    def size(name, axis=0):
+        return tensor(state, name, 2, path).shape[axis]
 
-def encoder_config(state: dict, path, num_heads: int | None) -> dict:
     width = len(tensor(state, "encoder.norm.weight", 1, path))
-    patch_embed = tensor(state, "encoder.patch_embed.second_conv.3.weight", 2, path)
-    depth = count_blocks(state, "encoder.blocks.")
-    if num_heads is None:
-        num_heads = max(1, width // 64)
-    return dict(width=width, depth=depth, num_heads=num_heads, encoder_dims=len(patch_embed))
-
-
-def read_student(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
-    state = rename(state, STUDENT | POINT_MAE | OTHER_HEADS, path, STUDENT_DROPPED)
-    config = encoder_config(state, path, num_heads)
-    config["decoder_depth"] = count_blocks(state, "decoder.blocks.")
-    config["target_dim"] = len(tensor(state, "head.weight", 2, path))
-    if "encoder.cls_token" not in state:  # Point-MAE, which predicts points
-        config["group_size"] = config["target_dim"] // 3
-    return state, config
-
-
-def read_classifier(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
-    state = rename(state, CLASSIFIER, path)
-    config = encoder_config(state, path, num_heads)
-    config["head"] = "linear"
-    last = "head.0.weight"
-    if "head.8.weight" in state:
-        config["head"] = "mlp3"
-        last = "head.8.weight"
-    config["num_classes"] = len(tensor(state, last, 2, path))
-    return state, config
-
-
-def read_segmenter(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
-    # The names of the head end in _cls, but for older files.
-    state = {key.replace("_cls.", "."): value for key, value in state.items()}
-    state = rename(state, SEGMENTER, path)
-    config = encoder_config(state, path, num_heads)
-    config["num_parts"] = len(tensor(state, "head.7.weight", 2, path))
-    config["num_categories"] = 0
-    if "label_conv.0.weight" in state:
-        config["num_categories"] = tensor(state, "label_conv.0.weight", 2, path).shape[1]
-    return state, config
+    blocks = [key for key in state if key.endswith(".norm1.weight")]
+    config = {"width": width, "depth": sum(key.startswith("encoder.") for key in blocks)}
+    config["num_heads"] = num_heads or max(1, width // 64)
+    config["encoder_dims"] = size("encoder.patch_embed.second_conv.3.weight")
+    if kind == "Student":
+        config["decoder_depth"] = len(blocks) - config["depth"]
+        config["target_dim"] = size("head.weight")
+        if "encoder.cls_token" not in state:  # Point-MAE, which predicts points
+            config["group_size"] = config["target_dim"] // 3
+    elif kind == "Segmenter":
+        config["num_parts"] = size("head.7.weight")
+        config["num_categories"] = 0
+        if "label_conv.0.weight" in state:
+            config["num_categories"] = size("label_conv.0.weight", axis=1)
+    elif "head.8.weight" in state:
+        config |= {"head": "mlp3", "num_classes": size("head.8.weight")}
+    else:
+        config |= {"head": "linear", "num_classes": size("head.0.weight")}
+    return config
 
 
 def read_teacher(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
@@ -147,7 +139,7 @@ def read_teacher(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     _, names = weights.find_layout(trunk, TRUNKS, path)
     trunk = weights.rename(trunk, names, (), path)
     trunk, backbone = weights.translate(trunk, num_heads, path)
-    state = rename(state, TEACHER, path, ("visual_embed.",))
+    state = rename(state, TEACHER, ("visual_embed.",), path)
     config = {"backbone": backbone, "weights": Path(path).name, "prompt": "none", "num_prompt": 0}
     if "visual_prompt_token" in state:
         config["prompt"] = "shallow"
@@ -162,23 +154,11 @@ def read_teacher(state: dict, path, num_heads: int | None) -> tuple[dict, dict]:
     return state | {f"backbone.{key}": value for key, value in trunk.items()}, config
 
 
-KINDS = (  # A student's file can hold its teacher, so it is first.
-    ("ACT_encoder.norm.weight", "Student", read_student),
-    ("MAE_encoder.norm.weight", "Student", read_student),
-    ("codebook", "Teacher", read_teacher),
-    ("dvae_tokenizer.codebook", "Teacher", read_teacher),
-    ("convs3_cls.weight", "Segmenter", read_segmenter),
-    ("convs3.weight", "Segmenter", read_segmenter),
-    ("cls_head_finetune.0.weight", "Classifier", read_classifier),
-)
-
-
-# -- Writing --------------------------------------------------------------------------------------
 def export(student: act.Student, path) -> None:
     """Writes our Student as an official file, for the official fine-tuning scripts.
 
     Our config is in it, too: load() gives the same student back."""
-    names = {our: official for official, our in STUDENT.items()}
+    names = dict(zip(STUDENT.values(), STUDENT.keys(), strict=True))
     state = weights.rename(student.state_dict(), names, (), path)
     for key, value in state.items():
         if key.endswith(("_conv.0.weight", "_conv.3.weight")):

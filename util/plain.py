@@ -86,21 +86,16 @@ def patch_embed(module: act.PatchEmbed, neighborhood: Tensor) -> Tensor:
     return channels_first(module.second_conv, both).max(dim=2)[0].view(B, G, -1)
 
 
-def edge_conv(layer: act.EdgeConv, f: Tensor, graph: Tensor) -> Tensor:
-    """EdgeConv with every edge [f_j - f_i ; f_i] explicit."""
-    neighbor = gather_points(f, graph).permute(0, 3, 1, 2).contiguous()  # (B, C, G, K)
-    itself = f.mT[..., None].expand_as(neighbor)
-    edge = torch.cat([neighbor - itself, itself], dim=1)
-    edge = channels_first(nn.Sequential(layer.linear, layer.norm), edge)
-    return F.leaky_relu(edge, 0.2).max(dim=-1)[0].mT
-
-
 def dgcnn(module: act.DGCNN, f: Tensor, graph: Tensor) -> Tensor:
-    """DGCNN of explicit edges."""
+    """DGCNN with every edge [f_j - f_i ; f_i] explicit."""
     f = module.input_trans(f)
     levels = []
     for layer in (module.layer1, module.layer2, module.layer3, module.layer4):
-        f = edge_conv(layer, f, graph)
+        neighbor = gather_points(f, graph).permute(0, 3, 1, 2).contiguous()  # (B, C, G, K)
+        itself = f.mT[..., None].expand_as(neighbor)
+        edge = torch.cat([neighbor - itself, itself], dim=1)
+        edge = channels_first(nn.Sequential(layer.linear, layer.norm), edge)
+        f = F.leaky_relu(edge, 0.2).max(dim=-1)[0].mT
         levels.append(f)
     f = channels_first(module.layer5, torch.cat(levels, dim=-1).mT)
     return F.leaky_relu(f, 0.2).mT

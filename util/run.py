@@ -1,8 +1,8 @@
-"""What the commands share: flags, device, processes, seeds, schedules, optimizer, log, folder."""
+"""What the commands share: flags, device, seeds, schedules, optimizer, log, a run's folder."""
 
 import argparse
+import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,30 +16,26 @@ import torch
 import torch.distributed as dist
 
 import act
-from util import clouds, official, weights
+from util import clouds, files, official, processes, weights
 
-RANK = int(os.environ.get("RANK", 0))  # the number of this process of those torchrun started
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many these are
 TINY = dict(num_group=32, width=192, depth=6, num_heads=3, encoder_dims=192)
 ENCODER_SIZES = dict(tiny=TINY, small={}, base={})  # what differs from the paper's encoder
 SIZES = ("auto", "tiny", "small", "base")
-RANGES = {  # what --set takes by the type of a size: lowest value, end, in words; floats are rates
-    int: (1, 2**31, "a whole number of 1 or more"),
-    float: (0, 1, "a rate from 0 to below 1"),
-}
+# What --set takes by the type of a size: lowest value, end, in words.
+RANGES = {int: (1, 2**31, "a whole number, 1 or more"), float: (0, 1, "a rate from 0 to below 1")}
 
 
 # -- flags ----------------------------------------------------------------------------------------
 def flag(default, help: str, paper=None, kind=None, choices=None):
-    """A dataclass field that is a flag: False makes a switch, () a list. paper: published value."""
+    """A dataclass field that is a flag: () makes a list, False a switch, bool one with --no-."""
     if default or (default == 0 and default is not False):
         help += f" (default: {default})"
     if paper:
         help += f" (the paper: {paper})"
-    if kind == "positional":
-        options = dict(nargs="+")
-    elif default == ():
+    if default == ():
         options = dict(nargs="+", action="extend", default=[])
+    elif kind is bool:
+        options = dict(action=argparse.BooleanOptionalAction)
     elif default is False:
         options = dict(action="store_true")
     else:
@@ -54,7 +50,6 @@ class RunConfig:
 
     data: str = flag("synthetic", "'synthetic' or the path of a data set")
     variant: str = flag("PB_T50_RS", "OBJ_BG, OBJ_ONLY or PB_T50_RS, of ScanObjectNN")
-    area: int = flag(5, "the area of S3DIS that is the test set", 5)
     cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds")
     drop_invalid: bool = flag(False, "leave out the points that are not finite")
     points: int = flag(None, "points sampled from a cloud (default: 1024, or by --size)", None, int)
@@ -67,8 +62,8 @@ class RunConfig:
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("auto", "auto: bf16 if native, or fp32", choices=("auto", "fp32", "bf16"))
-    compile: bool = flag(False, "torch.compile the Transformer blocks")
-    resume: bool = flag(False, "continue after the last epoch in --out, on a CPU bit for bit")
+    compile: bool = flag(None, "torch.compile the blocks (default: on a GPU)", None, bool)
+    resume: bool = flag(False, "continue from the last.pt in --out, on a CPU bit for bit")
     log_every: int = flag(None, "also log and print every so many steps", None, int)
 
 
@@ -86,9 +81,10 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
     for f in fields(config_class):
         name = f.name if f.metadata["positional"] else "--" + f.name.replace("_", "-")
         parser.add_argument(name, **f.metadata["options"])
-    words = []  # --batch_size=2 is --batch-size=2
+    words = []  # --batch_size=2 is --batch-size=2; no shell has written out the ~ of --out='~/x'
     for word in sys.argv[1:] if argv is None else argv:
-        words.append(re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word))
+        name = re.match("(--[^=]*=?)?", word)[0]
+        words.append(name.replace("_", "-") + os.path.expanduser(word.removeprefix(name)))
     given = vars(parser.parse_args(words))
     for name, value in given.items():
         if isinstance(value, (int, float)) and not 0 <= value < 2**63:
@@ -102,7 +98,7 @@ def refuse_flags(config, names: list[str], task: str) -> None:
     """UserError if a flag among `names`, which the task does not use, was given."""
     for name in names:
         value = getattr(config, name)
-        if value != getattr(type(config), name):  # the class has the defaults
+        if value not in (getattr(type(config), name), []):  # the class has the defaults
             flag = name.replace("_", "-")
             raise act.UserError(f"--{flag}: expected none for {task}, got {value}")
 
@@ -127,10 +123,9 @@ def override(config, pairs: list[str], names: list[str]):
             raise act.UserError(f"--set {pair}: expected a value of {', '.join(names)}")
         kind = type(getattr(config, name))
         lowest, end, wanted = RANGES[kind]
-        try:
+        value = end  # which is refused
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = end  # which is refused
         if not lowest <= value < end:
             raise act.UserError(f"--set {pair}: expected {name} to be {wanted}")
         config = replace(config, **{name: value})
@@ -138,47 +133,55 @@ def override(config, pairs: list[str], names: list[str]):
 
 
 def run_command(main, config_class, description: str, presets: dict | None = None) -> None:
-    """Runs main(config); a user's mistake, a full GPU and Ctrl-C are one line and an exit code."""
+    """Runs main(config). What a user or another process did wrong is one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that a console cannot show are escaped
+        if hasattr(stream, "reconfigure"):  # names that a console cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
     if presets:
         description += f"\nDefaults by --size:\n{preset_help(presets)}"
     try:
         main(parse_flags(config_class, description))
         sys.stdout.flush()
+        if dist.is_initialized():
+            dist.barrier()  # process 0 writes results, which the others wait for
+            dist.destroy_process_group()
     except (act.UserError, torch.cuda.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        print(f"error: process {processes.RANK} lost another one: {reason}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; --resume continues a run after its last full epoch", file=sys.stderr)
+        print("interrupted; --resume continues a run from its last.pt", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whatever read the output, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush when Python ends
         sys.exit(141)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
-# -- device, processes, seeds ---------------------------------------------------------------------
+# -- device, seeds --------------------------------------------------------------------------------
 def setup(config, presets: dict):
     """(config with the presets of its size, device). Seeds torch and joins torchrun's processes."""
     torch.set_flush_denormal(True)  # gradients of a sharp softmax: stage I 2.4 -> 8.3 clouds/s
     check_apart(config.data, config.out)
     device = pick_device(config.device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK > 0:
+    processes.join(device)
+    if processes.RANK > 0:
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
+    else:
+        check_folder(config)
     torch.manual_seed(config.seed)
     size = config.size
     if size == "auto":
         size = "base" if device.type == "cuda" else "tiny"
     settled = dict(points=1024, precision=pick_precision(device)) | presets[size] | dict(size=size)
-    for name, value in settled.items():
-        if getattr(config, name, value) in (None, "auto"):
-            config = replace(config, **{name: value})
-    return config, device
+    if "epochs" in settled:  # a linear SVM has none, and nothing to compile
+        settled["compile"] = device.type == "cuda"
+    missing = [name for name in settled if getattr(config, name, settled[name]) in (None, "auto")]
+    return replace(config, **{name: settled[name] for name in missing}), device
 
 
 def check_apart(data: str, out: str) -> None:
@@ -194,15 +197,16 @@ def pick_device(name: str) -> torch.device:
     """The device of --device; `cuda` and `auto` with a GPU: this process's own one of the GPUs."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and processes.WORLD > 1:
+        raise act.UserError(f"--device {name}: expected cuda, which gives each process its own")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{processes.LOCAL_RANK}"
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in devices:
-        raise act.UserError(f"--device: expected auto, {', '.join(devices)}, got {name}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+        raise act.UserError(f"--device: expected auto or {', '.join(devices)}, got {name}")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def pick_precision(device: torch.device) -> str:
@@ -223,7 +227,7 @@ def seeded(device, *numbers) -> torch.Generator:
 
 def seed_step(seed: int, step: int, device) -> torch.Generator:
     """Seeds this process's dropout and Gumbel noise; returns a generator for the whole batch."""
-    torch.manual_seed(seeded("cpu", seed, "noise", step, RANK).initial_seed())
+    torch.manual_seed(seeded("cpu", seed, "noise", step, processes.RANK).initial_seed())
     return seeded(device, seed, "batch", step)
 
 
@@ -234,17 +238,21 @@ def autocast(config, device: torch.device) -> torch.autocast:
 
 def place(split: clouds.Clouds, device: torch.device) -> clouds.Clouds:
     """The clouds on the GPU if they take less than a quarter of its free memory; else as given."""
-    if device.type == "cuda" and split.points.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        return split.to(device)
-    return split
+    if device.type != "cuda":
+        return split
+    fits = split.points.nbytes < torch.cuda.mem_get_info()[0] / 4
+    where = "on the GPU" if fits else "in main memory, for the GPU has no room: slower"
+    print(f"{len(split)} clouds, {split.points.nbytes / 2**30:.2f} GiB, {where}")
+    return split.to(device) if fits else split
 
 
-# -- batches, learning rate, optimizer, processes -------------------------------------------------
+# -- batches, learning rate, optimizer ------------------------------------------------------------
 def plan(config, count: int):
     """The config with batch size, steps and epochs settled for `count` clouds."""
-    batch_size = min(config.batch_size, count // WORLD * WORLD)
-    if batch_size < 1 or batch_size % WORLD:
-        expected = "1 or more" if WORLD == 1 else f"a multiple of {WORLD} processes"
+    world = processes.WORLD
+    batch_size = min(config.batch_size, count // world * world)
+    if batch_size < 1 or batch_size % world:
+        expected = "1 or more" if world == 1 else f"a multiple of {world} processes"
         raise act.UserError(f"--batch-size {batch_size}: expected {expected}")
     steps_per_epoch = count // batch_size
     steps = config.epochs * steps_per_epoch if config.steps is None else config.steps
@@ -279,15 +287,13 @@ def set_lr(optimizer, step: int, config, end: float, warmup: int, start: float =
 
 def new_norms(model, step: int) -> list:
     """The BatchNorms that have seen no batch before this run, which has done `step` steps."""
-    norm_class = torch.nn.modules.batchnorm._BatchNorm
-    norms = [module for module in model.modules() if isinstance(module, norm_class)]
+    norms = [module for module in model.modules() if hasattr(module, "num_batches_tracked")]
     return [norm for norm in norms if int(norm.num_batches_tracked) <= step]
 
 
 def set_momentum(norms: list, step: int) -> None:
-    """The running statistics of new BatchNorms are the mean of all steps, from the tenth step on
-    with the published momentum of 0.1. Otherwise they would keep what they start with, a variance
-    of 1, for some 100 steps, where patches have one of 1e-5."""
+    """Running statistics of new BatchNorms are the mean of all steps, from the tenth on with the
+    published momentum of 0.1, with which alone they stay near their start, 1, for 100 steps."""
     for norm in norms:
         norm.momentum = max(0.1, 1 / (step + 1))
 
@@ -312,27 +318,6 @@ def gradient_norm(model) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def parallel(model, config):
-    """The model as a loop calls it: blocks compiled if asked, gradients averaged over processes."""
-    if config.compile:
-        print("compiling the Transformer blocks in the first step ...", flush=True)
-        for module in model.modules():
-            if isinstance(module, act.Block):
-                module.compile()  # block by block: seconds, where the whole would take minutes
-    if WORLD == 1:
-        return model
-    if next(model.parameters()).is_cuda:  # BatchNorm's statistics are those of all GPUs
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model)
-
-
-def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, summed in place over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def load_model(path, device, *kinds):
     """The model, of a class in `kinds`, in our own or an official checkpoint, in eval mode."""
     obj = weights.read_tensors(path)
@@ -345,74 +330,109 @@ def load_model(path, device, *kinds):
 
 
 # -- a run's folder: config.json, metrics.jsonl, last.pt ------------------------------------------
-RUN_FILES = {".pt", ".jsonl", ".json", ".svg", ".png", ".ply", ".csv", ".npz"}
+RUN_FILES = ["config.json", "metrics.jsonl", "last.pt", "loss.svg", "confusion.png", "labels.csv"]
+for picture in ("reconstruction", "features", "classify", "parts", "scene", "boxes"):
+    RUN_FILES += [f"{picture}.png", f"{picture}.ply"]
 FREE_SETTINGS = "out resume log_every cache data device compile epochs vote".split()  # may change
+
+
+def check_folder(config) -> None:
+    """UserError unless --out can be the folder of a run and has the last.pt of --resume."""
+    folder = Path(config.out)
+    above = next(path for path in (folder.absolute() / "last.pt").parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise act.UserError(f"--out {folder}: expected a folder to write to, got {above}")
+    name = "fold_*/last.pt" if getattr(config, "task", "") == "fewshot" else "last.pt"
+    if config.resume and not any(folder.glob(name)):
+        raise act.UserError(f"--resume: expected a run's {name} in {folder}, got none")
+    find_run(folder)
+
+
+def find_run(folder: Path) -> list[Path]:
+    """The files of a run in a folder. UserError if such files are there without its config.json."""
+    found = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    about = {}
+    with contextlib.suppress(OSError, ValueError):
+        about = json.loads((folder / "config.json").read_text())
+    if found and not (isinstance(about, dict) and {"settings", "versions"} <= about.keys()):
+        wanted = f"a new folder or a run's, got a {found[-1].name} of something else"
+        raise act.UserError(f"--out {folder}: expected {wanted}")
+    return found
 
 
 def begin(config, model, optimizer, names: list[str]):
     """Opens --out, moves an earlier run aside: (the Log, the checkpoint it resumes or None).
     `names` are the training clouds' identities: with others the run is not resumed."""
-    folder = open_folder(config.out)
-    log = Log(folder, config, describe_run(config, model, names))
+    folder = Path(config.out)
+    settings = asdict(config) | dict(clouds=hashlib.sha256(repr(names).encode()).hexdigest())
+    about = dict(kind=type(model).__name__, config=asdict(model.config), command=sys.argv)
+    device = str(next(model.parameters()).device)
+    about.update(settings=settings, processes=processes.WORLD, device=device)
+    about.update(versions=f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+    log = Log(folder, config, about)
+    if processes.RANK == 0:
+        open_folder(folder)
     state = None
     if config.resume and (folder / "last.pt").is_file():
         state = load_state(log, model, optimizer, len(names) // config.batch_size)
-    elif RANK == 0 and (folder / "config.json").exists():
-        aside = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
-        aside.mkdir()
-        for file in list(folder.iterdir()):
-            if file.suffix in RUN_FILES:
-                file.rename(aside / file.name)
-        print(f"the earlier run in {folder} is now in {aside}")
-    if RANK == 0:
-        (folder / "config.json").write_text(json.dumps(log.about, indent=1))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log.rows))
+    for name, value in (settings | dict(step=log.step)).items():
+        if name not in FREE_SETTINGS:
+            processes.agree(value, f"{folder}: {name}")
+    if processes.RANK == 0:
+        earlier = find_run(folder)
+        if earlier and state is None:
+            move_aside(earlier, folder)
+        with files.complete_file(folder / "config.json") as file:
+            file.write(json.dumps(log.about, indent=1).encode())
+        with files.complete_file(folder / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in log.rows).encode())
     return log, state
 
 
-def open_folder(out: str) -> Path:
-    """The folder --out, made if need be, and locked until this process ends."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if RANK == 0 and os.name == "posix":
-            import fcntl  # POSIX alone has it
+def move_aside(paths: list[Path], folder: Path) -> None:
+    """Moves an earlier run into a folder in its own, its mark, config.json, last."""
+    aside = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-")
+    aside.mkdir()
+    for path in reversed(paths):
+        path.rename(aside / path.name)
+    print(f"the earlier run in {folder} is now in {aside}")
 
-            flags = os.O_CREAT | os.O_RDWR
-            file = os.open(folder / ".lock", flags, 0o666)  # closing it would unlock
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise act.UserError(f"--out {out}: in use by another run") from error
+
+def open_folder(out: str | Path) -> None:
+    """Makes the folder --out if need be, and locks it until this process ends."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = os.open(Path(out, ".lock"), os.O_CREAT | os.O_RDWR, 0o666)  # closing would unlock
     except OSError as error:
         raise act.UserError(f"--out {out}: expected a folder to write to, got {error}") from error
-    return folder
+    with contextlib.suppress(ImportError, OSError):  # some file systems know no locks
+        import fcntl  # POSIX alone has it
 
-
-def describe_run(config, model, names: list[str]) -> dict:
-    """What config.json and the checkpoint say of a run: its model, settings, clouds, versions."""
-    settings = asdict(config) | dict(clouds=hashlib.sha256(repr(names).encode()).hexdigest())
-    about = dict(kind=type(model).__name__, config=asdict(model.config), command=sys.argv)
-    about.update(settings=settings, processes=WORLD, device=str(next(model.parameters()).device))
-    return about | dict(versions=f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise act.UserError(f"--out {out}: in use by another run") from error
 
 
 def load_state(log: "Log", model, optimizer, steps_per_epoch: int) -> dict:
     """Loads last.pt, of a run with the same settings, into log, model and optimizer; its dict."""
     path = log.folder / "last.pt"
     state = act.read_tensors(path)
-    if not isinstance(state, dict) or "settings" not in state:
-        raise act.UserError(f"{path}: expected the checkpoint of a run, got something else")
     now = log.about["settings"]
-    if now["clouds"] != state["settings"].get("clouds"):
-        raise act.UserError(f"{path}: the clouds differ from those that it was trained on")
-    longer = now["steps"] > state["settings"]["steps"]
+    before = state.get("settings", {})
+    if now["clouds"] != before.get("clouds"):
+        raise act.UserError(f"{path}: expected a run of the same clouds, but the clouds differ")
     changed = []
-    for name, value in state["settings"].items():
-        free = name in FREE_SETTINGS or (name == "steps" and longer)
-        if not free and value != now.get(name):
-            changed.append(f"{name} was {value!r}, is {now.get(name)!r}")
+    for name, value in before.items():
+        if name not in FREE_SETTINGS and name != "steps" and value != now.get(name, value):
+            changed.append(f"{name} was {value!r}, is {now[name]!r}")
     if changed:
         raise act.UserError(f"{path}: expected the same settings, got: {'; '.join(changed)}")
+    if now["steps"] < before["steps"]:
+        expected = f"--epochs {before['epochs']} (--steps {before['steps']}) or more"
+        raise act.UserError(f"{path}: expected {expected}, got {now['epochs']} ({now['steps']})")
     act.load_exactly(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
@@ -420,17 +440,23 @@ def load_state(log: "Log", model, optimizer, steps_per_epoch: int) -> dict:
     log.step = state["step"]
     log.epoch = log.step // steps_per_epoch  # a run of so many steps may end within an epoch
     log.began -= log.rows[-1]["seconds"]
-    note = ", on the schedule of the longer run" if longer else ""
-    print(f"resumed {path} after epoch {state['epoch']}{note}")
+    print(f"resumed {path} after epoch {state['epoch']}, on a schedule of {now['steps']} steps")
     return state
 
 
 def save(log: "Log", model, optimizer, **extra) -> None:
-    """Writes last.pt, from which --resume continues and which act.load reads."""
-    if RANK == 0:
-        state = dict(log.about, model=model.state_dict(), optimizer=optimizer.state_dict())
-        state.update(log=log.rows, epoch=log.epoch, step=log.step, random=torch.get_rng_state())
-        act.save(state | extra, log.folder / "last.pt")
+    """Writes last.pt, for --resume and act.load. Between the first and the last epoch, one is left
+    out while saving would take more than 2 % of the time so far, or of a minute."""
+    if processes.RANK > 0:
+        return
+    began = time.monotonic()
+    allowed = 0.02 * max(60, began - log.began)
+    if log.saves and log.epoch < log.config.epochs and sum(log.saves) + log.saves[-1] > allowed:
+        return
+    state = dict(log.about, model=model.state_dict(), optimizer=optimizer.state_dict())
+    state.update(log=log.rows, epoch=log.epoch, step=log.step, random=torch.get_rng_state())
+    act.save(state | extra, log.folder / "last.pt")
+    log.saves.append(time.monotonic() - began)
 
 
 class Log:
@@ -439,12 +465,12 @@ class Log:
     def __init__(self, folder: Path, config, about: dict):
         self.folder = folder
         self.config = config
-        self.about = about  # see describe_run
+        self.about = about  # what config.json and the checkpoint say of the run
         self.step = 0  # steps done
         self.epoch = 0  # epochs done
         self.rows = []
         self.steps = []  # what was added in this epoch: a dict for each step
-        self.shown = 0  # the last step of which a line was printed
+        self.saves = []  # seconds that each last.pt took
         self.began = time.monotonic()
 
     def add(self, **values) -> None:
@@ -472,8 +498,7 @@ class Log:
     def close(self, **metrics) -> None:
         """The last row, with the closing metrics, and a line on the run."""
         self.write(self.epoch, metrics)
-        work = f" for {self.step} steps" if self.step else ""
-        print(f"{self.rows[-1]['seconds']:.0f} s{work}; results in {self.folder}")
+        print(f"{self.rows[-1]['seconds']:.0f} s, {self.step} steps; results in {self.folder}")
 
     def means(self, steps: list[dict]) -> dict:
         """Tensors are averaged over steps and processes; of plain numbers the last is kept."""
@@ -481,27 +506,33 @@ class Log:
         names = [name for name, value in row.items() if torch.is_tensor(value)]
         means = []
         for name in names:
-            means.append(torch.stack([step[name] for step in steps]).mean() / WORLD)
-        means = sum_over_processes(torch.stack(means)).tolist()  # the one wait for a GPU
+            means.append(torch.stack([step[name] for step in steps]).mean() / processes.WORLD)
+        means = processes.sum_over_processes(torch.stack(means)).tolist()  # the one wait for a GPU
         row.update(zip(names, means, strict=True))
         if not all(math.isfinite(mean) for mean in means):
             raise act.UserError(f"loss not finite up to step {self.step}: {row}; lower --lr")
         return row
 
     def write(self, epoch: int, values: dict) -> None:
-        """Appends a row to metrics.jsonl."""
+        """Appends a row to metrics.jsonl. What is not finite is None there, for JSON has no NaN."""
         seconds = round(time.monotonic() - self.began, 2)
-        self.rows.append(dict(epoch=epoch, step=self.step, seconds=seconds) | values)
-        if RANK == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+        row = dict(epoch=epoch, step=self.step, seconds=seconds) | values
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)
+        undefined = [name for name in values if row[name] is None and values[name] is not None]
+        if undefined:
+            print(f"without a value: {', '.join(undefined)}")
+        self.rows.append(row)
+        path = self.folder / "metrics.jsonl"
+        try:
+            if processes.RANK == 0:
+                with open(path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise act.UserError(f"{path}: it cannot be written: {error}") from error
 
     def show(self) -> None:
         """Prints the numbers of the last row in a line that begins with its epoch."""
-        shown = [f"epoch {self.rows[-1]['epoch']}"]
-        if self.step > self.shown:  # else the line before has said it
-            shown.append(self.pace())
-        self.shown = self.step
+        shown = [f"epoch {self.rows[-1]['epoch']}", self.pace()]
         for name, value in self.rows[-1].items():
             if name not in ("epoch", "step", "seconds") and isinstance(value, (int, float)):
                 shown.append(f"{name} {value:.4g}")

@@ -4,7 +4,6 @@ A shape is a list of primitives (boxes, spheres ...) with y up. The same seed gi
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +14,9 @@ ROOM_CLASSES = "ceiling floor wall table chair sofa bed bookshelf lamp".split()
 # Ceiling, floor and four walls: (label, axis, 0 or 1 for the axis's near or far end).
 PLANES = ((0, 2, 1), (1, 2, 0), (2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1))
 TOP_RADIUS = {"cylinder": 1.0, "shade": 0.5, "cone": 0.0, "pyramid": 0.0}  # 1 at the bottom
-ORIGIN = (0, 0, 0)
-
-
-# -- Primitives -----------------------------------------------------------------------------------
-class Primitive(NamedTuple):
-    part: int  # parts of a category are numbered from 0
-    kind: str  # box, sphere, torus, cylinder, cone, shade, pyramid; axis y, or as in "cylinder_x"
-    center: tuple
-    size: tuple  # half its extent along x, y, z
+HERE = [(0, 0, 0)]
+CATEGORIES = "sphere ellipsoid box cylinder cone pyramid torus capsule table desk stool".split()
+CATEGORIES += "chair sofa bed bookshelf door lamp mug bottle aeroplane car rocket dumbbell".split()
 
 
 def sample_surface(kind, size, n, rng):
@@ -55,189 +48,130 @@ def sample_surface(kind, size, n, rng):
     return (np.stack([radius * ring[0], height, radius * ring[1]], 1) * size)[:, order]
 
 
-def mirrored(part, kind, center, size):
-    """Copies of a primitive at x and -x, and at z and -z unless z is 0: two or four of them."""
-    x, y, z = center
-    places = sorted({(-x, y, -z), (-x, y, z), (x, y, -z), (x, y, z)})
-    return [Primitive(part, kind, place, size) for place in places]
-
-
-def legs(part, thickness, x, length, z):
-    return mirrored(part, "box", (x, -length, z), (thickness, length, thickness))
-
-
-# -- Categories -----------------------------------------------------------------------------------
-class Proportions:  # the random numbers `p` of which a category makes its list of primitives
+class Proportions:  # the random numbers of which a shape is made
     def __init__(self, rng):
-        self.width, self.height, self.depth = rng.uniform(0.4, 1, 3)  # half of each
-        self.thickness = rng.uniform(0.04, 0.1)  # half of it
+        self.x, self.y, self.z = rng.uniform(0.4, 1, 3)  # half extents
+        self.edge = rng.uniform(0.04, 0.1)  # half a thickness
         self.ratio, self.choice = rng.random(2)
-        self.radius = self.width * (0.4 + 0.6 * self.ratio)
+        self.r = self.x * (0.4 + 0.6 * self.ratio)
         self.small = 0.2 + 0.3 * self.ratio  # a factor
-        self.short = self.height * self.small
+        self.short = self.y * self.small
+        self.low = self.y * 0.2
+        self.slim = self.r / 2
+        self.thick = self.edge * 2
+        self.thin = self.edge / 4
+        self.drawer = self.x * 0.4 * self.choice + self.edge
+        self.neck = self.y * (1.4 + self.small * self.choice)  # how high
+        self.tube = (self.r, self.y, self.r)
+        self.top = (self.x, self.edge, self.z)
+        self.knob = (self.edge, self.edge, self.edge)
+        self.shade = (self.x * 0.5, self.short, self.x * 0.5)
+        self.fin = (self.x * 0.1, self.short / 2, self.thin)
+        self.weight = (self.x * self.small, self.short, self.short)
 
 
-def solid(kind, x, y, z):
-    return [Primitive(0, kind, ORIGIN, (x, y, z))]
+def mirrored(x, y, z):
+    """The places at x and -x, and at z and -z unless z is 0: two or four of them."""
+    return sorted({(-x, y, -z), (-x, y, z), (x, y, -z), (x, y, z)})
 
 
-SOLIDS = {
-    "sphere": lambda p: solid("sphere", p.width, p.width * (0.8 + 0.4 * p.ratio), p.width),
-    "ellipsoid": lambda p: solid("sphere", p.width, p.height, p.depth),
-    "box": lambda p: solid("box", p.width, p.height, p.depth * p.ratio + p.thickness),
-    "cylinder": lambda p: solid("cylinder", p.radius, p.height, p.radius),
-    "cone": lambda p: solid("cone" if p.choice > 0.3 else "shade", p.radius, p.height, p.radius),
-    "pyramid": lambda p: solid("pyramid", p.width, p.height, p.depth),
-    "torus": lambda p: solid("torus", p.width, p.width * p.small * 0.7, p.width),
-}
+def legs(category, part, p, x, length, z):
+    size = (p.edge, length, p.edge)
+    return category, part, "box", mirrored(x, -length, z), size
 
 
-def capsule(p):
-    size = (p.radius, p.radius, p.radius)
-    ends = [Primitive(1, "sphere", (0, y, 0), size) for y in (p.height, -p.height)]
-    return solid("cylinder", p.radius, p.height, p.radius) + ends
+# A row: category, number of its part, primitive (axis y, or as in cylinder_x), centers of its
+# copies, half its extent along x, y, z.
+def solids(p):
+    return [
+        ("sphere", 0, "sphere", HERE, (p.x, p.x * (0.8 + 0.4 * p.ratio), p.x)),
+        ("ellipsoid", 0, "sphere", HERE, (p.x, p.y, p.z)),
+        ("box", 0, "box", HERE, (p.x, p.y, p.z * p.ratio + p.edge)),
+        ("cylinder", 0, "cylinder", HERE, p.tube),
+        ("cone", 0, "cone" if p.choice > 0.3 else "shade", HERE, p.tube),
+        ("pyramid", 0, "pyramid", HERE, (p.x, p.y, p.z)),
+        ("torus", 0, "torus", HERE, (p.x, p.x * p.small * 0.7, p.x)),
+        ("capsule", 0, "cylinder", HERE, p.tube),
+        ("capsule", 1, "sphere", [(0, p.y, 0), (0, -p.y, 0)], (p.r, p.r, p.r)),
+    ]
 
 
-def table(p):
-    kind = "box" if p.choice > 0.3 else "cylinder"
-    top = Primitive(0, kind, ORIGIN, (p.width, p.thickness, p.depth))
-    return [top] + legs(1, p.thickness, p.width * p.small * 1.4, p.height, p.depth * p.small * 1.4)
+def objects(p):
+    ends = mirrored(p.x, 0, 0)
+    boards = [(0, y, 0) for y in p.y * np.linspace(-1, 1, 3 + int(3 * p.choice))]
+    return [
+        ("table", 0, "box" if p.choice > 0.3 else "cylinder", HERE, p.top),
+        legs("table", 1, p, p.x * p.small * 1.4, p.y, p.z * p.small * 1.4),
+        ("desk", 0, "box", HERE, p.top),
+        ("desk", 1, "box", [(-p.x * 0.9, -p.y, 0)], (p.edge, p.y, p.z * 0.9)),
+        ("desk", 2, "box", [(p.x * 0.6, -p.y, 0)], (p.drawer, p.y, p.z * 0.9)),
+        ("stool", 0, "cylinder" if p.choice > 0.4 else "box", HERE, (p.r, p.edge, p.r)),
+        legs("stool", 1, p, p.r * 0.6, p.y * 0.8, p.r * 0.6),
+        ("chair", 0, "box", HERE, (p.r, p.edge, p.z * 0.6)),
+        ("chair", 1, "box", [(0, p.short * 1.5, -p.z * 0.6)], (p.r, p.short * 1.5, p.edge)),
+        legs("chair", 2, p, p.r * 0.9, p.y * 0.5, p.z * 0.5),
+        ("sofa", 0, "box", HERE, (p.x, p.y * 0.3, p.z * 0.6)),
+        ("sofa", 1, "box", [(0, p.short, -p.z * 0.6)], (p.x, p.y * 0.5, p.thick)),
+        ("sofa", 2, "box", mirrored(p.x, p.low, 0), (p.thick, p.short, p.z * 0.6)),
+        ("bed", 0, "box", HERE, (p.r, p.low, p.z)),
+        ("bed", 1, "box", [(0, p.short, -p.z)], (p.r, p.y * 0.5, p.edge)),
+        legs("bed", 2, p, p.r * 0.9, p.y * 0.4 * p.choice, p.z * 0.9),
+        ("bookshelf", 0, "box", mirrored(p.r, 0, 0), (p.edge, p.y, p.z * 0.3)),
+        ("bookshelf", 1, "box", boards, (p.r, p.edge / 2, p.z * 0.3)),
+        ("door", 0, "box", HERE, (p.r, p.y, p.edge)),
+        ("door", 1, "sphere", [(p.r * 0.8, p.low * p.choice, p.edge + 0.05)], p.knob),
+        ("lamp", 0, "cylinder", [(0, -p.y, 0)], (p.x * 0.4, p.edge, p.x * 0.4)),
+        ("lamp", 1, "cylinder", HERE, (p.edge / 2, p.y, p.edge / 2)),
+        ("lamp", 2, "shade" if p.choice > 0.4 else "cone", [(0, p.y, 0)], p.shade),
+        ("mug", 0, "cylinder", HERE, p.tube),
+        ("mug", 1, "torus_z", [(p.r * 1.1, 0, 0)], (p.short, p.short, p.edge)),
+        ("bottle", 0, "cylinder", HERE, (p.slim, p.y, p.slim)),
+        ("bottle", 1, "shade", [(0, p.y * 1.2, 0)], (p.slim, p.low, p.slim)),
+        ("bottle", 2, "cylinder", [(0, p.neck, 0)], (p.slim / 2, p.short * p.choice, p.slim / 2)),
+        ("aeroplane", 0, "sphere", HERE, (p.x * 1.3, p.thick, p.thick)),
+        ("aeroplane", 1, "box", [(p.x * p.small, 0, 0)], (p.x * 0.2, p.thin, p.z)),
+        ("aeroplane", 2, "box", [(-p.x * 1.1, p.short / 2, 0)], p.fin),
+        ("car", 0, "box", HERE, (p.x, p.low, p.z * 0.45)),
+        ("car", 1, "box", [(-p.x * p.small * 0.5, p.y * 0.35, 0)], (p.x * 0.5, p.low, p.z * 0.4)),
+        ("car", 2, "cylinder_z", mirrored(p.x * 0.6, -p.low, p.z * 0.4), (p.low, p.low, p.edge)),
+        ("rocket", 0, "cylinder", HERE, (p.slim, p.y, p.slim)),
+        ("rocket", 1, "cone", [(0, p.y * (1 + p.small), 0)], (p.slim, p.short, p.slim)),
+        ("rocket", 2, "box", [(0, -p.y * 0.8, 0)], (p.thin, p.low, p.r + p.thin)),
+        ("rocket", 2, "box", [(0, -p.y * 0.8, 0)], (p.r + p.thin, p.low, p.thin)),
+        ("dumbbell", 0, "cylinder_x", HERE, (p.x, p.edge, p.edge)),
+        ("dumbbell", 1, "sphere" if p.choice > 0.5 else "cylinder_x", ends, p.weight),
+    ]
 
 
-def desk(p):
-    side = (p.thickness, p.height, p.depth * 0.9)
-    drawers = (p.width * 0.4 * p.choice + p.thickness, p.height, p.depth * 0.9)
-    top = Primitive(0, "box", ORIGIN, (p.width, p.thickness, p.depth))
-    left = Primitive(1, "box", (-p.width * 0.9, -p.height, 0), side)
-    return [top, left, Primitive(2, "box", (p.width * 0.6, -p.height, 0), drawers)]
+def make_shape(name, rng):
+    """The primitives of a random shape of a category: a part, kind, center and size of each."""
+    p = Proportions(rng)
+    primitives = []
+    for category, part, kind, centers, size in solids(p) + objects(p):
+        if category == name:
+            primitives += [(part, kind, center, size) for center in centers]
+    return primitives
 
 
-def stool(p):
-    kind = "cylinder" if p.choice > 0.4 else "box"
-    seat = Primitive(0, kind, ORIGIN, (p.radius, p.thickness, p.radius))
-    return [seat] + legs(1, p.thickness, p.radius * 0.6, p.height * 0.8, p.radius * 0.6)
-
-
-def chair(p):
-    seat = Primitive(0, "box", ORIGIN, (p.radius, p.thickness, p.depth * 0.6))
-    tall = p.short * 1.5
-    back = Primitive(1, "box", (0, tall, -p.depth * 0.6), (p.radius, tall, p.thickness))
-    return [seat, back] + legs(2, p.thickness, p.radius * 0.9, p.height * 0.5, p.depth * 0.5)
-
-
-def sofa(p):
-    thick = 2 * p.thickness
-    seat = Primitive(0, "box", ORIGIN, (p.width, p.height * 0.3, p.depth * 0.6))
-    back = Primitive(1, "box", (0, p.short, -p.depth * 0.6), (p.width, p.height * 0.5, thick))
-    arm = (thick, p.short, p.depth * 0.6)
-    return [seat, back] + mirrored(2, "box", (p.width, p.height * 0.2, 0), arm)
-
-
-def bed(p):
-    mattress = Primitive(0, "box", ORIGIN, (p.radius, p.height * 0.2, p.depth))
-    head = Primitive(1, "box", (0, p.short, -p.depth), (p.radius, p.height * 0.5, p.thickness))
-    length = p.height * 0.4 * p.choice
-    return [mattress, head] + legs(2, p.thickness, p.radius * 0.9, length, p.depth * 0.9)
-
-
-def bookshelf(p):
-    shelf = mirrored(0, "box", (p.radius, 0, 0), (p.thickness, p.height, p.depth * 0.3))
-    board_size = (p.radius, p.thickness / 2, p.depth * 0.3)
-    for y in np.linspace(-1, 1, 3 + int(3 * p.choice)):
-        shelf.append(Primitive(1, "box", (0, p.height * y, 0), board_size))
-    return shelf
-
-
-def door(p):
-    center = (p.radius * 0.8, p.height * 0.2 * p.choice, p.thickness + 0.05)
-    knob = Primitive(1, "sphere", center, (p.thickness, p.thickness, p.thickness))
-    return solid("box", p.radius, p.height, p.thickness) + [knob]
-
-
-def lamp(p):
-    kind = "shade" if p.choice > 0.4 else "cone"
-    foot = Primitive(0, "cylinder", (0, -p.height, 0), (p.width * 0.4, p.thickness, p.width * 0.4))
-    pole = Primitive(1, "cylinder", ORIGIN, (p.thickness / 2, p.height, p.thickness / 2))
-    shade = Primitive(2, kind, (0, p.height, 0), (p.width * 0.5, p.short, p.width * 0.5))
-    return [foot, pole, shade]
-
-
-def mug(p):
-    handle = Primitive(1, "torus_z", (p.radius * 1.1, 0, 0), (p.short, p.short, p.thickness))
-    return solid("cylinder", p.radius, p.height, p.radius) + [handle]
-
-
-def bottle(p):
-    wide = p.radius / 2
-    narrow = p.radius / 4
-    neck_y = p.height * (1.4 + p.small * p.choice)
-    body = Primitive(0, "cylinder", ORIGIN, (wide, p.height, wide))
-    shoulder = Primitive(1, "shade", (0, p.height * 1.2, 0), (wide, p.height * 0.2, wide))
-    neck = Primitive(2, "cylinder", (0, neck_y, 0), (narrow, p.short * p.choice, narrow))
-    return [body, shoulder, neck]
-
-
-def aeroplane(p):
-    thick = p.thickness * 2
-    thin = p.thickness / 4
-    body = Primitive(0, "sphere", ORIGIN, (p.width * 1.3, thick, thick))
-    wings = Primitive(1, "box", (p.width * p.small, 0, 0), (p.width * 0.2, thin, p.depth))
-    tail = Primitive(2, "box", (-p.width * 1.1, p.short / 2, 0), (p.width * 0.1, p.short / 2, thin))
-    return [body, wings, tail]
-
-
-def car(p):
-    low = p.height * 0.2
-    cabin_center = (-p.width * p.small * 0.5, p.height * 0.35, 0)
-    body = Primitive(0, "box", ORIGIN, (p.width, low, p.depth * 0.45))
-    cabin = Primitive(1, "box", cabin_center, (p.width * 0.5, low, p.depth * 0.4))
-    wheel = (p.width * 0.6, -low, p.depth * 0.4)
-    return [body, cabin] + mirrored(2, "cylinder_z", wheel, (low, low, p.thickness))
-
-
-def rocket(p):
-    wide = p.radius / 2
-    thin = p.thickness / 4
-    low = (0, -p.height * 0.8, 0)
-    body = Primitive(0, "cylinder", ORIGIN, (wide, p.height, wide))
-    tip = Primitive(1, "cone", (0, p.height * (1 + p.small), 0), (wide, p.short, wide))
-    fin = Primitive(2, "box", low, (thin, p.height * 0.2, p.radius + thin))
-    return [body, tip, fin, Primitive(2, "box", low, (p.radius + thin, p.height * 0.2, thin))]
-
-
-def dumbbell(p):
-    kind = "sphere" if p.choice > 0.5 else "cylinder_x"
-    bar = Primitive(0, "cylinder_x", ORIGIN, (p.width, p.thickness, p.thickness))
-    return [bar] + mirrored(1, kind, (p.width, 0, 0), (p.width * p.small, p.short, p.short))
-
-
-COMPOSED = [capsule, table, desk, stool, chair, sofa, bed, bookshelf, door, lamp]
-COMPOSED += [mug, bottle, aeroplane, car, rocket, dumbbell]
-CATEGORIES = SOLIDS | {shape.__name__: shape for shape in COMPOSED}
-
-
-# -- Shapes and scans -----------------------------------------------------------------------------
 def synthetic_cloud(name: str, num_points: int, rng: np.random.Generator) -> tuple:
     """A random upright shape of a category -> points (num_points, 3) float64, their parts."""
-    primitives = CATEGORIES[name](Proportions(rng))
-    x, y, z = np.array([primitive.size for primitive in primitives]).T
+    primitives = make_shape(name, rng)
+    x, y, z = np.array([size for _, _, _, size in primitives]).T
     density = np.exp(0.4 * rng.normal(size=len(primitives)))
     share = (x * z + y * x + z * y) ** 0.75 * density  # areas, levelled so that small parts show
     counts = rng.multinomial(num_points, share / share.sum())
     points = []
-    for primitive, count in zip(primitives, counts, strict=True):
-        surface = sample_surface(primitive.kind, primitive.size, count, rng)
-        points.append(surface + primitive.center)
-    parts = np.repeat([primitive.part for primitive in primitives], counts)
+    for (_, kind, center, size), count in zip(primitives, counts, strict=True):
+        points.append(sample_surface(kind, size, count, rng) + center)
+    parts = np.repeat([part for part, _, _, _ in primitives], counts)
     return np.concatenate(points), parts
 
 
 def rotate(xyz, axes, angle):
     """Points turned by an angle in the plane of two axes."""
-    cos = math.cos(angle)
-    sin = math.sin(angle)
+    turn = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     rotated = xyz.copy()
-    rotated[:, axes] = xyz[:, axes] @ [[cos, -sin], [sin, cos]]
+    rotated[:, axes] = xyz[:, axes] @ turn
     return rotated
 
 
@@ -271,7 +205,7 @@ def synthetic_clouds(num_per_class: int, seed: int = 0, num_points: int = 2048) 
             points.append(torch.from_numpy(xyz))
             parts.append(torch.from_numpy(part + first))
             names.append(f"{name}_{seed}_{i:04d}")
-        num_parts = CATEGORIES[name](Proportions(np.random.default_rng(0)))[-1].part + 1
+        num_parts = make_shape(name, np.random.default_rng(0))[-1][0] + 1
         part_ranges.append((first, first + num_parts))
         first += num_parts
     offsets = torch.arange(len(names) + 1) * num_points
@@ -293,7 +227,6 @@ def compositions(clouds: Clouds) -> Clouds:
     return chosen
 
 
-# -- Rooms ----------------------------------------------------------------------------------------
 def furniture(label, num_points, rng):
     """A piece of furniture, z up, turned about z, its lowest corner at 0 -> points (n, 3)."""
     shape, _ = synthetic_cloud(ROOM_CLASSES[label], num_points, rng)

@@ -1,12 +1,7 @@
 """Transfer of a pretrained encoder (Sec. 5): what finetune.py and segment.py share.
 
-To add a task:
-1. Write a subclass of `Task` like Classification in finetune.py.
-2. Add it to TASKS there: TASKS[name](config, data, sizes, device).
-3. Add defaults of its flags, by size, to PRESETS.
-4. Add the flags that it ignores to `unused`.
-`train` does the rest, by cross-entropy.
-A new class of model needs a row in act.KINDS.
+A new task is a subclass of `Task` in segment.py's TASKS. Its defaults are in PRESETS, the flags
+that it ignores in `unused`. A new class of model needs a row in act.KINDS.
 
 Shapes: B clouds of a batch, N points of each (--points), L labels.
 """
@@ -21,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import act
-from util import clouds, pictures, run
+from util import clouds, pictures, processes, run
 
-# -- config ----------------------------------------------------------------------------------------
 PROTOCOLS = ("full", "mlp3", "linear")
 AUGMENTATIONS = ("auto", "rotate", "scale_translate", "none")
+Source = nn.Module | None  # the model of --checkpoint
 
 
 @dataclass
 class TransferConfig(run.RunConfig):
-    """The flags that finetune.py and segment.py share; each gives `task` its choices."""
+    """The flags of finetune.py and segment.py; each gives `task` its choices."""
 
     out: str = run.flag("", "folder of the results (default: runs/<task>)")
     task: str = run.flag("", "what is learnt")
@@ -47,7 +42,7 @@ class TransferConfig(run.RunConfig):
 
 
 def describe(config: TransferConfig) -> str:
-    """The settings of a run, for the lines that open and close it."""
+    """The settings of a run."""
     text = f"{config.task}, {config.data}, size {config.size}"
     if "augment" not in config.unused.get(config.task, []):
         text += f", {config.protocol}, augmentation {config.augment}, {config.precision}"
@@ -61,11 +56,10 @@ class Task:
         mlp3 and linear, `freeze_encoder()`. It maps xyz, and the category if `sample` returns
         one, to logits (B, L) or (B, N, L).
     sample(indices, step, generator): on the device xyz (B, N, 3); labels, int64 (B,) or (B, N);
-        category, int64 (B,), or None. The indices, on the CPU, are those of all processes.
-        The generator is seeded for the step, so that runs resume.
-    evaluate(model): metrics of the test clouds by name. It puts the model in eval mode.
-    finish(model, folder): further metrics. It prints tables and writes pictures.
-    Of several processes the first alone calls `evaluate` and `finish`."""
+        category, int64 (B,), or None, of a process's share of the indices, which are on the
+        CPU. The generator is seeded for the step, and draws for all shares.
+    evaluate(model): metrics by name, on all processes. It puts the model in eval mode.
+    finish(model, folder): further metrics, tables, pictures, on process 0 alone."""
 
     names: list  # what tells each training cloud, for --resume to compare
     loss_weight = None  # of each label, a tensor (L,) on the device
@@ -73,17 +67,17 @@ class Task:
     turn = staticmethod(clouds.rotate_y)  # about the vertical axis
     move = staticmethod(clouds.scale_translate)
 
-    def augment(self, xyz: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Clouds (B, N, 3), turned or moved (Sec. 5) as --augment says."""
+    def augment(self, xyz: torch.Tensor, generator: torch.Generator, share=(0, 1)) -> torch.Tensor:
+        """A share of a batch (B, N, 3), turned or moved (Sec. 5)."""
         if self.config.augment == "rotate":
-            return self.turn(xyz, generator)
+            return self.turn(xyz, generator, share=share)
         if self.config.augment == "scale_translate":
-            return self.move(xyz, generator)
+            return self.move(xyz, generator, share=share)
         return xyz
 
 
-def load_source(config: TransferConfig) -> nn.Module | None:
-    """The model of --checkpoint, ours or official, on the CPU; None if that is `none`."""
+def load_source(config: TransferConfig) -> Source:
+    """The model of --checkpoint on the CPU; None if that is `none`."""
     path = config.checkpoint
     if path == "none":
         return None
@@ -92,28 +86,29 @@ def load_source(config: TransferConfig) -> nn.Module | None:
     return run.load_model(path, "cpu", act.Student, act.Classifier, act.Segmenter)
 
 
-def encoder_sizes(config: TransferConfig, source: nn.Module | None, size: str = "auto") -> dict:
-    """Sizes of the encoder, without `normalized`: those of `source`, else of --size.
-    `size` is what the user typed, a UserError if the checkpoint has others."""
+def encoder_sizes(config: TransferConfig, source: Source, size: str = "auto") -> dict:
+    """Sizes of the encoder: those of `source`, else of --size.
+    `size` is as typed, a UserError if the checkpoint has others."""
     own = act.EncoderConfig(points=1024, **run.ENCODER_SIZES[config.size])
     c = own if source is None else source.config
     if size != "auto" and (c.width, c.depth) != (own.width, own.depth):
         expected = f"width {c.width} and depth {c.depth} as in {config.checkpoint}"
         raise act.UserError(f"--size {size}: expected {expected}, got {own.width}, {own.depth}")
     sizes = {field.name: getattr(c, field.name) for field in fields(act.EncoderConfig)}
-    del sizes["normalized"]
+    for name in ("normalized", "center", "radius"):
+        del sizes[name]
     sizes["points"] = config.points
     sizes["num_group"] = max(1, config.points * c.num_group // c.points)  # as large patches
     return sizes
 
 
 def check_labels(config: TransferConfig, count: np.ndarray) -> None:
-    """UserError unless two labels or more of `count` (L,) are above 0."""
+    """UserError unless two or more of `count` (L,) are above 0."""
     if (count > 0).sum() < 2:
         raise act.UserError(f"{config.data}: expected 2 or more classes to train on, got 1")
 
 
-def start_model(config: TransferConfig, model: nn.Module, source: nn.Module | None) -> nn.Module:
+def start_model(config: TransferConfig, model: nn.Module, source: Source) -> nn.Module:
     """The model with the encoder of `source`, frozen if --protocol says so."""
     if config.protocol != "full":
         model.freeze_encoder()
@@ -132,26 +127,22 @@ def start_model(config: TransferConfig, model: nn.Module, source: nn.Module | No
     return model
 
 
-def train(
-    config: TransferConfig, task: Task, source: nn.Module | None, device: torch.device
-) -> run.Log:
-    """Trains a network for a task and evaluates it. Returns the run's log."""
+def train(config: TransferConfig, task: Task, source: Source, device: torch.device) -> run.Log:
+    """Trains and evaluates a network for a task. Returns the log."""
     count = len(task.names)
     config = run.plan(config, count)
-    if config.batch_size < 2 * run.WORLD:  # for BatchNorm
-        expected = f"expected {2 * run.WORLD} or more of {count} training clouds"
+    if config.batch_size < 2 * processes.WORLD:  # for BatchNorm
+        expected = f"expected {2 * processes.WORLD} or more of {count} training clouds"
         raise act.UserError(f"--batch-size: {expected}, got {config.batch_size}")
     torch.manual_seed(config.seed)  # the same head for any encoder
     model = start_model(config, task.build_model(), source).to(device)
     optimizer = run.adamw(model, config.lr, config.weight_decay)
     warmup = 10 * (count // config.batch_size)  # ten epochs
     log, _ = run.begin(config, model, optimizer, task.names)
-    net = run.parallel(model, config)
+    net = processes.parallel(model, config)
     norms = run.new_norms(net, log.step)
 
-    # -- loop
     metrics = {}
-    own = slice(run.RANK, None, run.WORLD)  # this process's part
     for epoch in range(log.epoch, config.epochs):
         net.train()
         for indices in run.epoch_batches(config, count, epoch, log.step):
@@ -159,27 +150,26 @@ def train(
             run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             xyz, target, category = task.sample(indices, log.step, generator)
-            xyz = task.augment(xyz, generator)
+            xyz = task.augment(xyz, generator, processes.SHARE)
             with run.autocast(config, device):
-                logits = net(xyz[own]) if category is None else net(xyz[own], category[own])
+                logits = net(xyz) if category is None else net(xyz, category)
             logits = logits.float().flatten(0, -2)  # (B, L), or (B * N, L)
-            loss = F.cross_entropy(logits, target[own].flatten(), task.loss_weight)
+            loss = F.cross_entropy(logits, target.flatten(), task.loss_weight)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 10)  # as published
             optimizer.step()
             log.add(loss=loss, grad_norm=grad_norm, lr=lr)
-        if task.metric and run.RANK == 0:
+        if task.metric:
             metrics = task.evaluate(model)
         log.end_epoch(**metrics)
         run.save(log, model, optimizer)
 
-    # -- results
-    if run.RANK == 0:
-        if not metrics:
-            metrics = task.evaluate(model)
+    if not metrics:
+        metrics = task.evaluate(model)
+    if processes.RANK == 0:
         closing = task.finish(model, log.folder)
-        rows = [row for row in log.rows if task.metric in row]
+        rows = [row for row in log.rows if row.get(task.metric) is not None]
         if rows:
             best = max(rows, key=lambda row: row[task.metric])
             closing |= {f"best_{task.metric}": best[task.metric], "best_epoch": best["epoch"]}
@@ -189,18 +179,19 @@ def train(
 
 
 def close(log: run.Log, config: TransferConfig, metrics: dict) -> None:
-    """Writes the last row of a run and prints the line of its results."""
+    """Writes the last row of a run, prints the line of its results."""
     log.close(task=config.task, checkpoint=config.checkpoint, seed=config.seed, **metrics)
-    shown = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+    row = log.rows[-1]  # has None for NaN
+    shown = [f"{name} {row[name]:.4g}" for name in metrics if isinstance(row[name], float)]
     print(f"{describe(config)}: {', '.join(shown)}")
 
 
 def write_examples(path: Path, shown: dict, colors: np.ndarray) -> None:
-    """A gallery: each cloud painted by its true and, beside it, by its predicted labels.
-    shown: caption -> xyz (N, 3), truth and prediction, both (N,) or one label."""
+    """A gallery: each cloud painted by true and by predicted labels.
+    shown: caption -> xyz (N, 3), truth and prediction, (N,) or one label."""
     tiles = []
     for xyz, truth, predicted in shown.values():
         for labels in (truth, predicted):
             tiles.append((xyz, np.broadcast_to(colors[labels], xyz.shape)))
-    pictures.write_gallery(path, [tiles], columns=4)
-    print(f"{path}.png: truth and prediction of {', '.join(shown)}")
+    caption = f"truth and prediction of {', '.join(shown)}"
+    pictures.write_gallery(path, [tiles], columns=4, caption=caption)

@@ -1,30 +1,28 @@
-"""Public weights of image and text Transformers: by name or from a file, in every common layout.
+"""Public weights of image and text Transformers: by name or from a file, in every layout.
 
     backbone = weights.load_pretrained("vit_base_patch16_384")
     backbone = weights.load_pretrained("timm/vit_small_patch14_dinov2.lvd142m")
     backbone = weights.load_pretrained("clip/ViT-B-16.pt")
 
-Nothing in a file runs. An unknown key is an error, and so is a missing one.
+Nothing in a file runs. Unknown and missing keys are errors.
 """
 
 import hashlib
 import http.client
 import json
 import re
-import shutil
 import sys
 import urllib.request
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import act
-from util import files
+from util import files, processes
 
 AUGREG = "https://storage.googleapis.com/vit_models/augreg/{}_16-i21k-300ep-lr_0.001-aug_{}"
 AUGREG += "-wd_{}-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_{}-res_{}.npz"
@@ -72,9 +70,8 @@ QKV = {"query": "q", "key": "k", "value": "v"}
 QKV_PROJ = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
 DENSE = {"attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"}
 DENSE |= {"output.dense": "mlp.fc2"}  # BERT's and the older ViT's
-TIMM_NAMES = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed", "blocks", "norm")
-TIMM = {name: name for name in TIMM_NAMES}
-TIMM |= {"norm_pre": "norm_pre", "register_tokens": "reg_token"}
+TIMM = {name: name for name in "cls_token dist_token reg_token pos_embed patch_embed".split()}
+TIMM |= {"blocks": "blocks", "norm": "norm", "norm_pre": "norm_pre", "register_tokens": "reg_token"}
 TORCHVISION = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
 TORCHVISION |= {"conv_proj": "patch_embed.proj", "encoder.ln": "norm"}
 TORCHVISION_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
@@ -112,29 +109,19 @@ CLIP_DROPPED = ("transformer.", "token_embedding.", "positional_embedding", "ln_
 CLIP_DROPPED += ("visual.proj", "text_projection", "logit_scale") + OPENAI_KEYS
 VIT_DROPPED = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
 BERT_DROPPED = ("embeddings.", "pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.")
-CLIP_KIND = {"eps": 1e-5, "norm_pre": True, "quick_gelu": True}
 BERT_KIND = {"eps": 1e-12, "norm_first": False}
-
-
-class Layout(NamedTuple):
-    mark: str  # the tensor by whose name the layout is recognised
-    names: dict  # old name -> new name
-    dropped: tuple = ()  # how the names of tensors without use begin
-    kind: dict = {}  # fields of act.BackboneConfig that are not as in timm's ViT
-
-
-LAYOUTS = (
-    Layout("blocks.0.norm1.weight", TIMM, TIMM_DROPPED),
-    Layout("encoder.layers.encoder_layer_0.ln_1.weight", TORCHVISION, ("heads.",)),
-    Layout("visual.transformer.resblocks.0.ln_1.weight", CLIP, CLIP_DROPPED),
-    Layout("Transformer.encoderblock_0.LayerNorm_0.scale", JAX, ("head.", "pre_logits.")),
-    Layout("embeddings.cls_token", VIT, VIT_DROPPED, {"eps": 1e-12}),
-    Layout("encoder.layer.0.output.LayerNorm.weight", BERT, BERT_DROPPED, BERT_KIND),
+LAYOUTS = (  # mark, old -> new names, useless ones, what is not as in timm's ViT
+    ("blocks.0.norm1.weight", TIMM, TIMM_DROPPED, {}),
+    ("encoder.layers.encoder_layer_0.ln_1.weight", TORCHVISION, ("heads.",), {}),
+    ("visual.transformer.resblocks.0.ln_1.weight", CLIP, CLIP_DROPPED, {}),
+    ("Transformer.encoderblock_0.LayerNorm_0.scale", JAX, ("head.", "pre_logits."), {}),
+    ("embeddings.cls_token", VIT, VIT_DROPPED, {"eps": 1e-12}),
+    ("encoder.layer.0.output.LayerNorm.weight", BERT, BERT_DROPPED, BERT_KIND),
 )
 
 
 def find_layout(state: dict, layouts: tuple, path) -> tuple:
-    """The first row of which the mark, its first field, is in the state dict."""
+    """The first row whose mark, a tensor's name, is in the state dict."""
     for layout in layouts:
         if layout[0] in state:
             return layout
@@ -161,9 +148,8 @@ def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
     return renamed
 
 
-# -- What a file holds ----------------------------------------------------------------------------
 class Unread:
-    """Stands for numpy's scalars and argparse's flags, neither of which runs."""
+    """Stands for numpy's scalars and argparse's flags; neither runs."""
 
     def __init__(self, *args):
         pass
@@ -188,7 +174,7 @@ def parsing(path):
             name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
             reason = f"code that would run: {name}"
         found = f"{type(error).__name__} {reason}"
-        raise act.UserError(f"{path}: expected a weight file, got {found}") from error
+        raise act.UserError(f"{path}: it cannot be read: {found}") from error
 
 
 def read_tensors(path):
@@ -202,16 +188,14 @@ def read_tensors(path):
     if head.startswith(b"PK"):
         with parsing(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-        if all(name.endswith(".npy") for name in names):
-            with parsing(path), np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if any(name.endswith("/constants.pkl") for name in names):  # a TorchScript
-            with parsing(path), zipfile.ZipFile(path) as archive:
-                # A __setstate__ would run. A name may be twice there, of any case.
-                for entry in archive.infolist():
-                    is_code = entry.filename.lower().endswith(".py")
-                    if is_code and b"__setstate__" in archive.read(entry):
-                        raise act.UserError("code that would run")
+            for entry in archive.infolist():  # a name may be twice there
+                is_code = entry.filename.lower().endswith(".py")
+                if is_code and b"__setstate__" in archive.read(entry):
+                    raise act.UserError("code that would run")
+            if all(name.endswith(".npy") for name in names):
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            if any(name.endswith("/constants.pkl") for name in names):  # a TorchScript
                 return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
     with parsing(path), torch.serialization.safe_globals(ADMITTED):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -271,14 +255,13 @@ def from_jax(state: dict, path) -> dict:
     return converted
 
 
-# -- Backbones, by name or from a file -------------------------------------------------------------
 def pretrained_names() -> dict[str, str]:
-    """The names that load_pretrained knows, with the addresses of their files."""
+    """The names that load_pretrained knows -> the addresses of their files."""
     return dict(PUBLISHED)
 
 
 def download(name: str) -> Path:
-    """The published file in torch.hub's cache, fetched on first use; else UserError."""
+    """The published file in torch.hub's cache, fetched on first use."""
     timm_name = name.replace("_quickgelu", "")  # has the same file
     url = PUBLISHED.get(name, HUGGING_FACE.format(timm_name))
     file_name = url.rpartition("/")[2]
@@ -292,13 +275,14 @@ def download(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(request, timeout=10) as response:
             print(f"downloading {url}", file=sys.stderr)
-            with files.complete_file(path) as file:
-                shutil.copyfileobj(response, file)
-                file.flush()
-                digest = hashlib.sha256(Path(file.name).read_bytes()).hexdigest()
-                if stated and not digest.startswith(stated[1]):
-                    raise act.UserError(f"expected the hash {stated[1]}, got {digest}")
-                read_tensors(file.name)
+            data = response.read()
+        digest = hashlib.sha256(data).hexdigest()
+        if stated and not digest.startswith(stated[1]):
+            raise act.UserError(f"expected the hash {stated[1]}, got {digest}")
+        with files.complete_file(path) as file:
+            file.write(data)
+            file.flush()
+            read_tensors(file.name)
     except (OSError, http.client.HTTPException, act.UserError) as error:
         raise act.UserError(f"{path}: expected {name} there from {url}, got {error}") from error
     return path
@@ -313,7 +297,8 @@ def load_pretrained(name_or_path, num_heads: int | None = None) -> act.Backbone:
     name = str(name_or_path)
     path = Path(name)
     if name in PUBLISHED or (re.fullmatch(r"timm/[\w.-]+", name) and not path.exists()):
-        path = download(name)
+        with processes.first_process():
+            path = download(name)
     if not path.is_file():
         raise act.UserError(f"{path}: expected a file, timm/NAME or one of {list(PUBLISHED)}")
     published = read_config(path)
@@ -326,9 +311,8 @@ def load_pretrained(name_or_path, num_heads: int | None = None) -> act.Backbone:
     if "hidden_act" in published:
         config.quick_gelu = published["hidden_act"] == "quick_gelu"
     elif config.norm_pre and tensors.keys().isdisjoint(OPENAI_KEYS):
-        file_name = path.name.lower()
-        config.quick_gelu = re.search(QUICK_GELU, file_name) is not None
-        if not config.quick_gelu and not re.search(PLAIN_GELU, file_name):
+        config.quick_gelu = re.search(QUICK_GELU, path.name, re.I) is not None
+        if not config.quick_gelu and not re.search(PLAIN_GELU, path.name, re.I):
             wanted = "a config.json with hidden_act gelu or quick_gelu (OpenAI's)"
             raise act.UserError(f"{path}: expected {wanted} beside a CLIP")
     return act.build_backbone(state, config, path)
@@ -338,18 +322,18 @@ def translate(state: dict, num_heads: int | None, path) -> tuple[dict, act.Backb
     """The state dict under timm's names and the config of its blocks. A CLIP has QuickGELU."""
     roberta = any(key.startswith("roberta.") for key in state)
     stripped = {key.removeprefix("roberta."): value for key, value in state.items()}
-    layout = find_layout(stripped, LAYOUTS, path)
-    state = rename(stripped, layout.names, layout.dropped, path)
-    if layout.names is JAX:
+    _, names, dropped, kind = find_layout(stripped, LAYOUTS, path)
+    state = rename(stripped, names, dropped, path)
+    if names is JAX:
         query = tensor(state, "blocks.0.attn.q.kernel", 3, path)  # (C, heads, C / heads)
         num_heads = num_heads or query.shape[1]
         state = from_jax(state, path)
-    if layout.names is BERT and state["blocks.0.norm2.weight"].shape == (384,):
+    if names is BERT and state["blocks.0.norm2.weight"].shape == (384,):
         num_heads = num_heads or 12  # MiniLM and its descendants
     state = fuse_qkv(state, path)
-    config = replace(act.backbone_config(state, path, num_heads), **layout.kind)
+    config = replace(act.backbone_config(state, path, num_heads), **kind)
     if "norm_pre.weight" in state:
-        config = replace(config, **CLIP_KIND)
+        config = replace(config, eps=1e-5, norm_pre=True, quick_gelu=True)
     positions = stripped.get("embeddings.position_embeddings.weight", torch.empty(0))
     if roberta or positions.shape[:1] == (514,):  # 512 and the 2 that RoBERTa adds
         config.eps = 1e-5
@@ -361,17 +345,11 @@ def read_config(path: Path) -> dict:
     beside = path.parent / "config.json"
     if not beside.is_file():
         return {}
-    try:
+    with parsing(beside):
         config = json.loads(beside.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"expected a dict, got {config!r}")
-        if isinstance(config.get("vision_config"), dict):  # of a CLIP
-            config = config["vision_config"]
-        for key, kind in CONFIG_TYPES.items():
-            if key in config and not isinstance(config[key], kind):
-                raise ValueError(f"{key}: expected {kind.__name__}, got {config[key]!r}")
+        config = config.get("vision_config") or config  # of a CLIP
+        for key in CONFIG_TYPES.keys() & config.keys():
+            config[key] = CONFIG_TYPES[key](config[key])
         if config.get("hidden_act", "gelu") not in ("gelu", "quick_gelu"):
             raise ValueError("hidden_act: expected gelu or quick_gelu")
-    except (OSError, ValueError) as error:
-        raise act.UserError(f"{path}: config.json beside it: {error}") from error
     return config
