@@ -176,8 +176,8 @@ def predict_labels(config, model, file, target):
     low = xyz.min(axis=0)  # rooms are trained on with the floor at 0
     labels = inference.label_points(model, xyz - low, category)
     names, colors = inference.write_legend(Path(config.out, "labels.csv"), c)
-    with files.complete_file(f"{target}.npz") as file:
-        np.savez(file, points=xyz, labels=labels, label_names=names)
+    with files.complete_file(f"{target}.npz") as archive:
+        np.savez(archive, points=xyz, labels=labels, label_names=names)
     files.write_ply(f"{target}.ply", xyz, colors[labels])
     shares = np.bincount(labels) / len(labels)
     shown = [f"{names[i]} {shares[i]:.0%}" for i in np.flatnonzero(shares)]

@@ -81,7 +81,8 @@ def test_rooms_with_large_coordinates_have_the_labels_and_boxes_of_near_ones(mon
     predict_run("rooms near.npy --checkpoint rooms.pt")
     far, near = [np.load(f"results/{name}.npy.npz")["labels"] for name in ("rooms/a", "near")]
     assert np.mean(far == near) > 0.99
-    capsys.readouterr()
+    shown = capsys.readouterr()
+    assert "\nnear.npy  " in shown.out
     monkeypatch.setattr(detector, "SCORE_THRESHOLD", 0.1)  # the model is not trained
     with refused("of 3 files, got 2"):
         predict_run("rooms wide.npy few.npy --checkpoint detector.pt --out boxes")

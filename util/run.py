@@ -498,7 +498,8 @@ class Log:
     def close(self, **metrics) -> None:
         """The last row, with the closing metrics, and a line on the run."""
         self.write(self.epoch, metrics)
-        print(f"{self.rows[-1]['seconds']:.0f} s, {self.step} steps; results in {self.folder}")
+        work = f" for {self.step} steps" if self.step else ""
+        print(f"{self.rows[-1]['seconds']:.0f} s{work}; results in {self.folder}")
 
     def means(self, steps: list[dict]) -> dict:
         """Tensors are averaged over steps and processes; of plain numbers the last is kept."""
