@@ -287,6 +287,8 @@ def main(config):
     detections = detector.find_boxes(model, rooms)
     if processes.RANK > 0:
         return
+    if not table:
+        print("no average precision, for no test room has boxes")
     print("in percent, where test rooms have boxes; start: before training")
     for name, row in ({"start": start} | table).items():
         shown = "  ".join(f"{key} {value:5.1f}" for key, value in row.items())

@@ -27,7 +27,7 @@ class FixedTeacher:
     """The teacher, never trained: its prompts are computed once."""
 
     def __init__(self, path, device):
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise act.UserError(f"{path}: expected a teacher; run train_teacher.py first")
         self.model = run.load_model(path, device, act.Teacher).requires_grad_(False)
         self.prompts = self.model.prompt_keys_values()

@@ -113,12 +113,13 @@ def test_a_killed_run_resumes_bit_for_bit(student_run, monkeypatch, tmp_path):
     assert rows_of(tmp_path)[-1].keys() >= {"ap25", "ap50", "recall", "ap25_start", "classes"}
 
 
-def test_without_true_boxes_there_is_no_average_precision(monkeypatch, tmp_path):
+def test_without_true_boxes_there_is_no_average_precision(monkeypatch, tmp_path, capsys):
     use_rooms(monkeypatch, [ROOM] * 2, ROOM._replace(boxes=ROOM.boxes[:0], labels=ROOM.labels[:0]))
     run_command(detect, *FLAGS, "--checkpoint", "none", "--epochs", 1, "--out", tmp_path)
     for name in ("metrics.jsonl", "loss.svg"):
         text = (tmp_path / name).read_text().lower()
         assert "nan" not in text and "ap25" not in text
+    assert "no test room has boxes" in capsys.readouterr().out
 
 
 def test_other_flags_rooms_in_millimetres_and_a_missing_scipy_are_refused(monkeypatch):

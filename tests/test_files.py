@@ -51,6 +51,8 @@ POINTS |= {"a.off": "OFF 20 0 0\n" + text(XYZ), "a.obj": "v " + text(XYZ, end="\
 POINTS |= {"axes.npz": saved(np.savez, z=FIELDS.z, y=FIELDS.y, x=FIELDS.x, label=XYZ)}
 POINTS |= {"two.npz": saved(np.savez, a=XYZ[0], xyz=XYZ), "semi.xyz": "\ufeff" + text(XYZ, ";")}
 POINTS |= {"mac.ply": PLY.replace("\n", "\r"), "a.txt": "//\n#\n\nx,y\n" + text(WIDE, ",")}
+UNITS = "# no pos_x[m] pos_y[m] pos_z[m]\n"
+POINTS["units.txt"] = UNITS + text(NUMBERED)
 POINTS |= {"chairs.pts": "class x y z\n20\nchair " + text(XYZ, end="\nchair ")[:-6]}
 POINTS |= {"colmap.txt": "# ID, X, Y, Z, T[]\n# y up x z\n" + text(NUMBERED, end=" 9\n")}
 CORNERS = "0 0 0\n10 0 0\n10 10 0\n9 10 0\n9 1 0\n1 1 0\n1 10 0\n0 10 0\n0 0 4\n"

@@ -12,7 +12,7 @@ import torch
 
 import act
 import predict
-from common import LAUNCH, make, python, randn, refused, rows_of, same
+from common import LAUNCH, checkpoint, make, python, randn, refused, rows_of, same
 from util import processes, run
 
 CONFIG = run.RunConfig(batch_size=4, epochs=2)
@@ -175,18 +175,24 @@ def test_a_folder_in_use_is_refused_and_a_file_system_may_have_no_locks(tmp_path
     run.open_folder(tmp_path)
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, request):
-    resource = pytest.importorskip("resource")
-    begun = begin(tmp_path)
-    end_epoch(begun)
-    before = (tmp_path / "last.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    for name, room in {"metrics.jsonl": 0, "last.pt": 10_000}.items():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        with refused(f"{tmp_path / name}: ", "File too large"):
-            end_epoch(begun)
-    assert (tmp_path / "last.pt").read_bytes() == before
+FULL_DISK = """
+import pathlib, resource, sys, act, test_run
+begun = test_run.begin(pathlib.Path(sys.argv[1]))
+test_run.end_epoch(begun)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    test_run.end_epoch(begun)
+except act.UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name, room", {"metrics.jsonl": "0", "last.pt": "10000"}.items())
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(name, room, tmp_path):
+    pytest.importorskip("resource")
+    done = python("-c", FULL_DISK, str(tmp_path), room)
+    assert f"{tmp_path / name}: " in done.stdout and "File too large" in done.stdout, done.stderr
+    assert checkpoint(tmp_path)["epoch"] == 1
 
 
 def test_saving_takes_two_percent_of_a_run_but_for_its_first_and_last_epoch(tmp_path, monkeypatch):

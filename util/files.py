@@ -30,8 +30,10 @@ NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+|nan|inf)(?:e[-+]?\d+)?(?![^\s,;])"
 THREE = rf"{NUMBER}[ \t,;]+{NUMBER}[ \t,;]+{NUMBER}"
 POINT = re.compile(rf"(?i)\s*{NUMBER}[\s,;]+{NUMBER}")  # the start of a line of numbers
 COMMENT = re.compile(r"(#|(?<!\S)//).*")  # not the // in the corner 1//2 of an .obj
-# The same, but for a comment that names columns: "# id x y z".
-REMARK = re.compile(r"(?i)(#|(?<!\S)//)(?!.*\b[xyz]\W+[xyz]\W+[xyz]\b).*")
+# The same, but for a comment that names columns: "# id x y z", "# id, pos_x, pos_y, pos_z".
+AXIS = r"(?<![^\W_])[xyz](?![^\W_])"
+BETWEEN = r"(?:\W|_|m|pos|position|coord)*"  # also units
+REMARK = re.compile(rf"(?i)(#|(?<!\S)//)(?!.*{AXIS}{BETWEEN}{AXIS}{BETWEEN}{AXIS}).*")
 CONVERSIONS = dict.fromkeys((".las", ".laz"), "numpy.save('a.npy', laspy.read('a.las').xyz)")
 CONVERSIONS |= dict.fromkeys((".stl", ".glb"), "trimesh.load_mesh('a.stl').export('a.ply')")
 CONVERSIONS[".pcd"] = "open3d.io.write_point_cloud('a.ply', open3d.io.read_point_cloud('a.pcd'))"
