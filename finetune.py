@@ -91,8 +91,8 @@ class Classification(transfer.Task):
         self.classes = self.train.classes
         self.sizes = act.ClassifierConfig(**sizes, num_classes=len(self.classes))
         self.sizes.normalized = self.train.normalized
-        if not self.train.normalized:  # for predict.py, to bring other clouds there
-            self.sizes.center, self.sizes.radius = data.train.frame()
+        # For predict.py, to bring other clouds there.
+        self.sizes.center, self.sizes.radius = data.train.frame()
         self.sizes.class_names = self.classes
         if config.protocol == "linear":
             self.sizes.head = "linear"

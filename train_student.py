@@ -133,8 +133,8 @@ def student_config(config, source, teacher, train):
         sizes = replace(sizes, num_group=c.num_group, group_size=c.group_size)
     dim = TARGETS[config.target].dim(c, sizes)
     sizes = replace(sizes, target_dim=dim, points=config.points, normalized=train.normalized)
-    frame = ((0.0, 0.0, 0.0), 1.0) if train.normalized else train.frame()
-    return replace(sizes, center=frame[0], radius=frame[1])
+    center, radius = train.frame()
+    return replace(sizes, center=center, radius=radius)
 
 
 def load_matching(student, source, config):

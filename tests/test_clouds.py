@@ -73,7 +73,7 @@ def test_normalised_clouds_fill_the_unit_sphere(seed, n, unit):
 def test_the_frame_of_clouds_is_the_mean_of_their_centres_and_radii():
     cube = torch.tensor([[1.0, 1, 1], [-1, 1, 1], [1, -1, -1], [-1, -1, -1]])
     both = torch.cat([cube + 1, 3 * cube + 5])
-    data = clouds.Clouds(both, torch.tensor([0, 4, 8]), ["a", "b"])
+    data = clouds.Clouds(both, torch.tensor([0, 4, 8]), ["a", "b"], normalized=False)
     assert data.frame() == ((3, 3, 3), pytest.approx(2 * 3**0.5))
 
 

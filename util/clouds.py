@@ -99,7 +99,10 @@ class Clouds:
         return replace(self, names=[self.names[i] for i in indices.tolist()], **tensors)
 
     def frame(self) -> tuple[tuple, float]:
-        """The means of the clouds' centroids and of their largest distances from them."""
+        """The means of the clouds' centroids and of their largest distances from them; those of
+        the unit sphere for clouds that samples normalise."""
+        if self.normalized:
+            return (0.0, 0.0, 0.0), 1.0
         frames = []
         for cloud in self.points.split(self.offsets.diff().tolist()):
             center = cloud.double().mean(0)
