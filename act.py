@@ -30,6 +30,7 @@ Where this differs from the paper or from the official implementation:
 import math
 import os
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,10 +48,10 @@ class MissingFile(UserError, FileNotFoundError):
     """A UserError that callers of Python's own open() expect, too."""
 
 
-# -- geometry -------------------------------------------------------------------------------------
+# -- geometry
 # Batched, on any device, in float32 or better even under autocast. Distances are computed by
 # subtraction: the expanded square loses every digit of a cloud far from the origin. Each function
-# can be copied out with `import torch` and the functions it calls.
+# can be copied out with `import torch`, the functions it calls, and lru_cache for FPS.
 def farthest_point_sample(
     xyz: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -64,11 +65,22 @@ def farthest_point_sample(
         raise ValueError(f"num_samples: expected 1 to the {N} points of a cloud, got {num_samples}")
     dtype = torch.promote_types(xyz.dtype, torch.float32)
     # Coordinates as three planes: every pass of the loop has unit stride.
-    x, y, z = xyz.detach().to(dtype).permute(2, 0, 1).contiguous()  # (B, N) each
-    farthest = torch.zeros(B, 1, dtype=torch.long, device=xyz.device)
+    planes = xyz.detach().to(dtype).permute(2, 0, 1).contiguous()  # (3, B, N)
+    first = torch.zeros(B, 1, dtype=torch.long, device=xyz.device)
     if generator is not None:
-        farthest = torch.randint(N, (B, 1), generator=generator, device=generator.device)
-        farthest = farthest.to(xyz.device)
+        first = torch.randint(N, (B, 1), generator=generator, device=generator.device)
+        first = first.to(xyz.device)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    eager = type(xyz) is torch.Tensor and not traced
+    # Clouds that come one by one have a size each: no graph would serve twice.
+    if eager and xyz.is_cuda and B > 1 and not torch.cuda.is_current_stream_capturing():
+        return replay_farthest(planes, first, num_samples)
+    return choose_farthest(planes, first, num_samples)
+
+
+def choose_farthest(planes: torch.Tensor, farthest: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """The loop of farthest_point_sample from the first points, planes (3, B, N), (B, 1)."""
+    x, y, z = planes  # (B, N) each
     idx = [farthest]
     nearest = torch.full_like(x, float("inf"))  # squared distance to the chosen points
     for _ in range(num_samples - 1):
@@ -81,6 +93,32 @@ def farthest_point_sample(
         farthest = nearest.argmax(dim=1, keepdim=True)  # the first of equal maxima
         idx.append(farthest)
     return torch.cat(idx, dim=1)
+
+
+def replay_farthest(planes: torch.Tensor, first: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """choose_farthest on a GPU, launched as one CUDA graph: the GPU would wait for the host, which
+    has some 14 operations to launch for each point."""
+    stream = torch.cuda.current_stream(planes.device)
+    inputs, graph, idx = record_farthest(planes.shape, planes.dtype, num_samples, stream)
+    inputs[0].copy_(planes)
+    inputs[1].copy_(first)
+    graph.replay()
+    return idx.clone()  # the next replay overwrites idx
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whose tensors could not be written to outside of it
+def record_farthest(shape: torch.Size, dtype: torch.dtype, num_samples: int, stream) -> tuple:
+    """The CUDA graph of choose_farthest for a stream -> its inputs, the graph, its output."""
+    planes = torch.zeros(shape, dtype=dtype, device=stream.device)
+    first = torch.zeros(shape[1], 1, dtype=torch.long, device=stream.device)
+    choose_farthest(planes, first, num_samples)  # loads the kernels, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream(stream.device)  # the default stream cannot be captured
+    # Other threads, such as NCCL's, may call CUDA during a capture that is thread_local.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        idx = choose_farthest(planes, first, num_samples)
+    return (planes, first), graph, idx
 
 
 def knn(query: torch.Tensor, xyz: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +231,7 @@ def interpolate(xyz: torch.Tensor, center: torch.Tensor, features: torch.Tensor)
     return (gather_points(features, idx) * weight[..., None]).sum(dim=2).to(features.dtype)
 
 
-# -- Transformer ----------------------------------------------------------------------------------
+# -- Transformer
 # One Block serves the backbone, the student and its decoder. Parameter names are timm's.
 @dataclass
 class BackboneConfig:
@@ -370,7 +408,7 @@ def init_linear(model, xavier=False):
                 nn.init.zeros_(module.bias)
 
 
-# -- patches --------------------------------------------------------------------------------------
+# -- patches
 # A BatchNorm here averages over all points of all patches: its input is flattened to rows (R, C).
 def dense(dim, out):
     """A hidden layer on rows (R, dim) -> (R, out), as a list of modules."""
@@ -409,7 +447,7 @@ def center_graph(center: torch.Tensor) -> torch.Tensor:
     return knn(center, center, 4)[1]
 
 
-# -- teacher: stage I (Sec. 4.1), a discrete VAE around a frozen pretrained Transformer -----------
+# -- teacher: stage I (Sec. 4.1), a discrete VAE around a frozen pretrained Transformer
 class EdgeConv(nn.Module):
     """max_j LeakyReLU(GroupNorm(W [f_j - f_i ; f_i])), j the neighbours of i (DGCNN, Sec. 3.1)."""
 
@@ -665,7 +703,7 @@ def teacher_loss(output: TeacherOutput, kl_weight: float):
     return reconstruction + kl_weight * kl, reconstruction, kl
 
 
-# -- student: stage II (Sec. 4.2), masked modelling against the teacher's features ----------------
+# -- student: stage II (Sec. 4.2), masked modelling against the teacher's features
 # share = (rank, world): the clouds are number rank, rank + world, ... of a batch, masked as in it.
 def random_mask(
     center: torch.Tensor,
@@ -880,7 +918,7 @@ def global_feature(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens[:, 0], tokens[:, 1:].amax(dim=1)], dim=-1)
 
 
-# -- transfer heads (Sec. 5) ----------------------------------------------------------------------
+# -- transfer heads (Sec. 5)
 @dataclass
 class ClassifierConfig(EncoderConfig):
     num_group: int = 128
@@ -978,7 +1016,7 @@ class Segmenter(nn.Module):
         return logits.view(B, N, c.num_parts)
 
 
-# -- weights, checkpoints -------------------------------------------------------------------------
+# -- weights, checkpoints
 # timm's names are read here; a state dict in another layout is renamed first.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 

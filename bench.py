@@ -22,12 +22,13 @@ from statistics import median
 from timeit import timeit
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import act
-from util import plain, processes, run
+from util import datasets, detector, plain, processes, run
 
 CPU_SHAPES = [(32, 1024, 64), (32, 2048, 128), (16, 8192, 512)]  # clouds, points, centres
 GPU_SHAPES = [(128, 1024, 64), (64, 8192, 512), (8, 40000, 2048)]
@@ -40,9 +41,10 @@ class Work(NamedTuple):  # what the parts measure
     repeats: int = 9
     batch: int = 8  # clouds of a step
     sizes: dict = dict(num_group=64, depth=12)  # of the models
+    density: float = 30_000  # of a room; it has some 5/3 as many points
 
 
-# -- measuring ------------------------------------------------------------------------------------
+# -- measuring
 def print_row(*cells):
     print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -83,7 +85,7 @@ def random_clouds(B, N, device="cpu"):
     return (xyz / xyz.norm(dim=-1).amax(dim=1)[:, None, None]).to(device)
 
 
-# -- geometry -------------------------------------------------------------------------------------
+# -- geometry
 def check_geometry(work):
     """FPS and kNN are, bit for bit, those of the plain forms on the CPU."""
     B, N, G = work.shapes[0]
@@ -125,7 +127,20 @@ def bench_search(work):
         compare(work, f"kNN ({B}, {G} of {N}), k = 32", knn)
 
 
-# -- stages ---------------------------------------------------------------------------------------
+def bench_cuboid(work):
+    """Detection's augmentation, on the CPU, of a room where no cuboid has enough points."""
+    [room] = datasets.synthetic_scenes(0, 1, work.density)
+
+    def masks(form):
+        rng = np.random.default_rng(0)
+        return form.random_cuboid(room.xyz, room.boxes, rng, 0.6 * len(room.xyz))
+
+    assert all(map(np.array_equal, masks(detector), masks(plain))), "masks differ"
+    forms = {"ours": partial(masks, detector), "plain": partial(masks, plain)}
+    compare(work, f"cuboid in {len(room.xyz)} points", forms)
+
+
+# -- stages
 def stage_one(B, device, sizes):
     """Our model, and the loss of one batch as a function of the model."""
     backbone = act.BackboneConfig(depth=sizes["depth"])
@@ -216,8 +231,9 @@ def bench_stage(work, name):
         print_row(f"{name}, {precision}, {form}", pace, watched, hours)
 
 
-# -- all ------------------------------------------------------------------------------------------
+# -- all
 PARTS = {"geometry": check_geometry, "models": check_models, "search": bench_search}
+PARTS["cuboid"] = bench_cuboid
 PARTS |= {name: partial(bench_stage, name=name) for name in STAGES}
 
 
@@ -232,7 +248,7 @@ def main(config):
     device = run.pick_device(config.device)
     work = Work(device, GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     if config.quick:
-        work = Work(device, [(2, 256, 16)], 1, 2, dict(num_group=16, depth=1))
+        work = Work(device, [(2, 256, 16)], 1, 2, dict(num_group=16, depth=1), 3000)
     torch.backends.cudnn.allow_tf32 = False  # the plain form's convolutions in fp32, too
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":

@@ -46,8 +46,6 @@ EVALUATION_EPOCHS = 10  # from one evaluation to the next
 NO_OBJECT_WEIGHT = 0.25  # of a query without a box, in the class loss
 GIOU_COST = 2.0  # weight of GIoU in the matching
 CENTER_WEIGHT = 5.0  # of the distance of the centers in the loss
-CUBOID_TRIES = 100
-MIN_ASPECT = 0.8  # of the two most alike of a cuboid's sides, as shares of the room's
 MAX_ANGLE = 5  # degrees, of a scan's turns
 
 
@@ -60,7 +58,7 @@ class Config(run.RunConfig):
         run.refuse_flags(self, ["variant", "cache", "drop_invalid"], "detection")
 
 
-# -- loss ------------------------------------------------------------------------------------------
+# -- loss
 def assign(cost):
     """The query of each box, none twice, at the minimum total cost: (K, Q) -> (K,) int64, CPU."""
     optimize = files.require("scipy.optimize", "scipy")
@@ -125,38 +123,13 @@ def match_boxes(logits, predicted, room, boxes, labels, counts):
     return torch.cat(queries).view(costs.shape[:2]).to(logits.device, non_blocking=True)
 
 
-# -- data ------------------------------------------------------------------------------------------
-def random_cuboid(xyz, boxes, rng, min_points):
-    """Masks of points (N,) and boxes (K,), by their centers, in a random cuboid of half to all of
-    each side, two alike, with min_points and a box; of all, if 100 tries find none."""
-    everything = np.ones(len(xyz), bool), np.ones(len(boxes), bool)
-    if len(xyz) < min_points:
-        return everything
-    planes = np.ascontiguousarray(xyz.T)  # (3, N): a try takes a 17th of the time
-    extent = np.ptp(planes, axis=1)
-    for _ in range(CUBOID_TRIES):
-        ratio = rng.uniform(0.5, 1, 3)
-        middle = planes[:, rng.integers(len(xyz))]
-        ascending = np.sort(ratio)
-        if max(ascending[:2] / ascending[1:]) < MIN_ASPECT:
-            continue
-        inside = (abs(planes - middle[:, None]) <= (ratio * extent / 2)[:, None]).all(0)
-        if np.count_nonzero(inside) < min_points:
-            continue
-        kept = xyz[inside]
-        center = boxes[:, :3]
-        held = ((center >= kept.min(0)) & (center <= kept.max(0))).all(1)
-        if held.any():
-            return inside, held
-    return everything
-
-
+# -- data
 def sample_room(scene, num_points, rng, augment=""):
     """num_points of a room, its boxes and labels. augment: "published": a cuboid, mirrors and small
     turns; "quarters": mirrors and quarter turns, which leave boxes tight; "": none."""
     _, xyz, boxes, labels = scene
     if augment == "published":
-        inside, held = random_cuboid(xyz, boxes, rng, num_points * 3 // 4)
+        inside, held = detector.random_cuboid(xyz, boxes, rng, num_points * 3 // 4)
         xyz = xyz[inside]
         boxes = boxes[held]
         labels = labels[held]
@@ -173,18 +146,21 @@ def sample_room(scene, num_points, rng, augment=""):
     return xyz @ matrix, np.hstack([boxes[:, :3] @ matrix, size]), labels
 
 
-def sample(scenes, num_points, rng, augment="", device="cpu", share=(0, 1)):
+def sample(scenes, num_points, seed, augment="", device="cpu", share=(0, 1)):
     """Rooms rank::world of a batch, for a share (rank, world): points (B, N, 3), lists of boxes and
-    labels on the CPU. Random numbers are the whole batch's."""
+    labels on the CPU. `seed`, a list of numbers, and a room's place in the batch give its own."""
     rank, world = share
-    rooms = [sample_room(scene, num_points, rng, augment) for scene in scenes][rank::world]
+    rooms = []
+    for i in range(rank, len(scenes), world):
+        rng = np.random.default_rng(seed + [i])
+        rooms.append(sample_room(scenes[i], num_points, rng, augment))
     xyz = torch.from_numpy(np.stack([room[0] for room in rooms]))
     boxes = [torch.from_numpy(room[1]) for room in rooms]
     labels = [torch.from_numpy(room[2]) for room in rooms]
     return xyz.to(device, non_blocking=True), boxes, labels
 
 
-# -- model -----------------------------------------------------------------------------------------
+# -- model
 def build_model(config, classes, student=None):
     """A detector, with the encoder of a student; --seed alone gives the rest."""
     sizes = dict(run.ENCODER_SIZES[config.size])
@@ -264,9 +240,9 @@ def main(config):
             run.set_momentum(norms, log.step)
             lr = run.set_lr(optimizer, log.step, config, end=1e-6, warmup=warmup)
             run.seed_step(config.seed, log.step, device)
-            rng = np.random.default_rng([config.seed, log.step, 0])
+            seed = [config.seed, log.step]
             scenes = [data.train[i] for i in batch]
-            xyz, boxes, labels = sample(scenes, config.points, rng, augment, device, share)
+            xyz, boxes, labels = sample(scenes, config.points, seed, augment, device, share)
             with run.autocast(config, device):
                 logits, center, size, extent = net(xyz)
             loss, parts = detection_loss(logits, center, size, extent, boxes, labels)

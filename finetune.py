@@ -77,22 +77,18 @@ def settle(config, given, data, source):
 
 
 class Classification(transfer.Task):
-    """A class for each cloud."""
-
     def __init__(self, config, data, sizes, device):
         transfer.check_labels(config, np.bincount(data.train.labels))
-        for split in (data.train, data.test):
-            clouds.check_sizes(split, sizes["num_group"], sizes["group_size"], config.points)
         self.config = config
         self.device = device
+        self.classes = data.train.classes
+        self.sizes = act.ClassifierConfig(**sizes, num_classes=len(self.classes))
+        clouds.check_sizes([data.train, data.test], self.sizes, config.points)
         self.train = clouds.subsample(run.place(data.train, device), config.points, device)
         self.test = clouds.subsample(run.place(data.test, device), config.points, device)
         self.names = data.train.identities()
-        self.classes = self.train.classes
-        self.sizes = act.ClassifierConfig(**sizes, num_classes=len(self.classes))
         self.sizes.normalized = self.train.normalized
-        # For predict.py, to bring other clouds there.
-        self.sizes.center, self.sizes.radius = data.train.frame()
+        self.sizes.center, self.sizes.radius = data.train.frame()  # for predict.py
         self.sizes.class_names = self.classes
         if config.protocol == "linear":
             self.sizes.head = "linear"
@@ -226,8 +222,7 @@ def main(given):
     if preset.task == "fewshot" and any(Path(preset.data).glob("*way_*shot")):
         print(f"{preset.data}: published episodes")
     else:
-        options = dict(variant=preset.variant, drop_invalid=preset.drop_invalid)
-        data = datasets.open_dataset(preset.data, cache=preset.cache or None, **options)
+        data = datasets.open_dataset(preset.data, preset.cache, preset.variant, preset.drop_invalid)
         print(datasets.describe(data))
         if data.train.labels is None:
             raise act.UserError(f"{preset.data}: expected a sub-folder for each class")

@@ -173,8 +173,7 @@ def predict_labels(config, model, file, target):
         if name not in c.class_names:
             raise act.UserError(f"{file}: expected --category of {c.class_names}, got {name}")
         category = c.class_names.index(name)
-    low = xyz.min(axis=0)  # rooms are trained on with the floor at 0
-    labels = inference.label_points(model, xyz - low, category)
+    labels = inference.label_points(model, xyz - xyz.min(axis=0), category)  # the floor at 0
     names, colors = inference.write_legend(Path(config.out, "labels.csv"), c)
     with files.complete_file(f"{target}.npz") as archive:
         np.savez(archive, points=xyz, labels=labels, label_names=names)

@@ -106,8 +106,6 @@ class Parts(Segmentation):
     metric = "instance_miou"
 
     def __init__(self, config, data, sizes, device):
-        for split in (data.train, data.test):
-            clouds.check_sizes(split, sizes["num_group"], sizes["group_size"], config.points)
         self.config = config
         self.device = device
         self.train = data.train.to(device)
@@ -116,6 +114,7 @@ class Parts(Segmentation):
         self.categories = data.train.classes
         ranges = data.train.part_ranges
         self.sizes = act.SegmenterConfig(**sizes, num_categories=len(self.categories))
+        clouds.check_sizes([data.train, data.test], self.sizes, config.points)
         self.sizes.num_parts = max(end for _, end in ranges)
         self.sizes.class_names = self.categories or data.train.part_names
         self.test_labels = torch.zeros(len(data.test), dtype=torch.int64)
@@ -181,9 +180,7 @@ def sample_block(room, num_points, rng):
     raise act.UserError(f"{room.name}: {expected}")
 
 
-class Scenes(Segmentation):
-    """Whole rooms, trained on blocks. Labelling them after each epoch would take long."""
-
+class Scenes(Segmentation):  # rooms, trained on blocks; labelled at the end, which takes long
     def __init__(self, config, data, sizes, device):
         self.config = config
         self.device = device
@@ -238,7 +235,7 @@ def main(given):
         density = 0.6 * config.points
         data = datasets.open_rooms(config.data, config.area, density, config.drop_invalid)
     else:
-        data = datasets.open_parts(config.data, config.cache or None, config.drop_invalid)
+        data = datasets.open_parts(config.data, config.cache, config.drop_invalid)
     print(datasets.describe(data))
     print(f"{transfer.describe(config)}, on {device} x {processes.WORLD}")
     sizes = transfer.encoder_sizes(config, source, given.size)

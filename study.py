@@ -31,8 +31,6 @@ from util import datasets, files, pictures, run
 from util.run import flag
 
 ROOT = Path(__file__).resolve().parent
-PUBLIC = {"tiny": "vit_tiny_patch16_224"}  # the public backbone of each --size
-PUBLIC |= {"small": "vit_small_patch16_384", "base": "vit_base_patch16_384"}
 MASK_RATIO = {"tiny": "0.6", "small": "0.8", "base": "0.8"}  # where an arm has no other
 
 
@@ -46,14 +44,12 @@ class Config:
     jobs: int = flag(1, "runs side by side, which share the cores")
     teacher_epochs: int = flag(None, "of stage I (default: those of the size)", None, int)
     student_epochs: int = flag(None, "of stage II (default: those of the size)", None, int)
-    size: str = flag("tiny", "of teachers and students", choices=tuple(PUBLIC))
+    size: str = flag("tiny", "of teachers and students", choices=tuple(run.BACKBONES))
     out: str = flag("runs/study", "folder of all runs and tables")
 
 
-# -- tables ---------------------------------------------------------------------------------------
-class Arm(NamedTuple):
-    """A row of a table: the flags of each command that make it differ from the other rows."""
-
+# -- tables
+class Arm(NamedTuple):  # a row of a table: the flags that make it differ from the others
     table: str
     name: str
     teacher: dict = {}
@@ -94,7 +90,7 @@ ARMS = [  # of tables other than teacher; the others of a table are compared wit
 def arms_of(table: str, config: Config) -> list[Arm]:
     if table != "teacher":
         return [arm for arm in ARMS if arm.table == table]
-    names = config.weights or ["none", "random", PUBLIC[config.size]]
+    names = config.weights or ["none", "random", run.BACKBONES[config.size][0]]
     return [Arm(table, short_name(name), teacher={"--weights": name}) for name in names]
 
 
@@ -110,16 +106,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)  # fit for a folder
 
 
-# -- runs -----------------------------------------------------------------------------------------
+# -- runs
 @dataclass
-class Run:
-    """A run of a command. `key`, in which its folder's name ends, stands for the first three."""
-
+class Run:  # of a command
     script: str
     flags: dict
     needs: "Run | None"  # whose last.pt it takes
-    key: str
-    folder: Path
+    key: str  # stands for the three above
+    folder: Path  # whose name ends in the key
     state: str = "open"  # then running, finished or failed
     process: subprocess.Popen | None = None
 
@@ -157,9 +151,8 @@ def add_run(runs: dict, script: str, flags: dict, folder: Path, needs: Run | Non
     words = [script, flags, needs.key if needs else None]
     key = f"{zlib.crc32(json.dumps(words).encode()):08x}"
     if key not in runs:
-        study = folder.parents[3]
         folder = folder.with_name(f"{folder.name}-{key}")
-        folder = next(study.glob(f"*/*/seed*/*-{key}"), folder)
+        folder = next(folder.parents[3].glob(f"*/*/seed*/*-{key}"), folder)
         runs[key] = Run(script, flags, needs, key, folder)
         if (folder / "finished").exists():
             runs[key].state = "finished"
@@ -232,7 +225,7 @@ def count(runs: list[Run], state: str) -> int:
     return sum(each.state == state for each in runs)
 
 
-# -- statistics -----------------------------------------------------------------------------------
+# -- statistics and results
 def t_quantile(df: int) -> float:
     """The 97.5 % quantile of Student's t with `df` degrees of freedom."""
     # With t = sqrt(df) tan(angle), the density of the angle is proportional to cos^(df - 1).
@@ -251,7 +244,6 @@ def spread(values: list[float]) -> tuple[float, float | None, float | None]:
     return mean, error, t_quantile(len(values) - 1) * error
 
 
-# -- results --------------------------------------------------------------------------------------
 def head_of(table: str, first: str, results: dict) -> str:
     """What stands above a table whose first arm is `first`."""
     names = set()  # the backbones that its teachers have: --weights auto may find none

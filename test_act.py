@@ -5,8 +5,9 @@ python -m pytest test_act.py        # half a minute on one core; on a GPU too, w
 
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from unittest import mock
 
@@ -16,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import backend_registration
 
 import act
 import common
@@ -24,6 +27,10 @@ from util import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GPUS = ["cuda"] * torch.cuda.is_available()
+FAKE_GPU = "meta"
+if hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):  # torch is new
+    backend_registration._setup_privateuseone_for_python_backend("gpu")
+    FAKE_GPU = "gpu"
 
 
 def listed(out):
@@ -103,8 +110,29 @@ def test_fps_equals_the_textbook_but_takes_no_index_twice(kind, B, N, share, see
     for row in plain.farthest_point_sample(exact, G).tolist():
         distinct = dict.fromkeys(row + list(range(N)))  # copies of chosen points come last
         expected.append(list(distinct)[:G])
-    for _ in range(3):  # a GPU records what the second call does, and replays it in the third
-        assert geometry("farthest_point_sample", device, xyz, G)[0].tolist() == expected
+    assert geometry("farthest_point_sample", device, xyz, G)[0].tolist() == expected
+
+
+@mock.patch.object(torch, "cuda")
+def test_one_graph_replayed_for_other_clouds_gives_the_loops_indices(cuda):
+    cuda.current_stream().device = "cpu"
+    shape = torch.Size([3, 2, 40])
+
+    def replay():
+        inputs, _, idx = act.record_farthest(shape, torch.float32, 7, cuda.current_stream())
+        idx.copy_(act.choose_farthest(inputs[0], inputs[1], 7))
+
+    cuda.CUDAGraph().replay.side_effect = replay
+    found = []
+    expected = []
+    for seed in range(3):
+        with torch.inference_mode(seed == 0):  # of the call that records
+            planes = randn(3, 2, 40, seed=seed)
+            first = torch.full((2, 1), seed)
+            found.append(act.replay_farthest(planes, first, 7))
+            expected.append(act.choose_farthest(planes, first, 7))
+    assert_equal(found, expected)
+    assert cuda.graph.call_count == 1
 
 
 def test_fps_starts_at_random_by_its_generator():
@@ -126,9 +154,9 @@ def test_knn_equals_a_stable_sort_ties_included(kind, B, Q, N, share, seed, dtyp
 
 
 def test_geometry_can_be_copied_with_import_torch_alone():
-    alone = {"torch": torch}
-    names = "farthest_point_sample knn smallest gather_points group_points chamfer_distance"
-    for name in names.split():
+    alone = {"torch": torch, "lru_cache": lru_cache}
+    names = "farthest_point_sample choose_farthest replay_farthest record_farthest knn smallest"
+    for name in f"{names} gather_points group_points chamfer_distance".split():
         exec(inspect.getsource(getattr(act, name)), alone)
     xyz = randn(2, 20, 3)
     assert_equal(alone["group_points"](xyz, 5, 4), act.group_points(xyz, 5, 4))
@@ -374,7 +402,6 @@ def test_distillation_losses_equal_independent_formulas():
         assert_close(act.distillation_loss(a, b, kind).double(), value.mean().double())
 
 
-CATEGORY = torch.tensor([2, 0, 1])  # of each cloud, for a model that wants it
 HEADED = {  # a model, its options, the depths whose tokens it takes
     "mlp3": ("Classifier", {}, [2]),
     "linear": ("Classifier", {"head": "linear"}, [2]),
@@ -385,7 +412,7 @@ HEADED = {  # a model, its options, the depths whose tokens it takes
 
 def logits_of(model, xyz):
     wanted = getattr(model.config, "num_categories", 0)
-    return model(xyz, CATEGORY.to(xyz.device)) if wanted else model(xyz)
+    return model(xyz, 2 - torch.arange(3, device=xyz.device)) if wanted else model(xyz)
 
 
 @both_modes
@@ -404,7 +431,7 @@ def test_heads_equal_the_formula_of_tokens_at_these_depths(name, train, double):
     else:
         cloud = [tokens.amax(1), tokens.mean(1)]
         if name == "parts":
-            cloud.append(model.label_conv(torch.eye(3).double()[CATEGORY]))
+            cloud.append(model.label_conv(torch.eye(3).double().flip(0)))
         cloud = torch.cat(cloud, dim=-1)[:, None].expand(-1, 64, -1)
         point = torch.cat([xyz, act.interpolate(xyz, center, tokens)], dim=-1)
         point = model.propagation(point.flatten(0, 1)).view(3, 64, 1024)
@@ -445,20 +472,25 @@ def test_training_moves_all_but_the_frozen_which_stays_bit_identical(name):
     assert common.moved(before, model) == wanted
 
 
-@pytest.mark.parametrize("device", ["meta"] + GPUS)
+@pytest.mark.parametrize("device", [FAKE_GPU] + GPUS)
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_tensor_is_made_on_the_inputs_device(name, device, monkeypatch):
+def test_no_step_mixes_devices_or_asks_for_a_value(name, device, monkeypatch):
+    monkeypatch.setattr(FakeTensor, "tolist", lambda mask: [6, 6, 6])  # of a mask without values
     model = TRAINED[name][0]()
     expected = loss_of(model)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda mask: [6, 6, 6])  # meta has no values
-    xyz = random_clouds().to(device)
-    model.to(device)
-    out = [loss_of(model, device), act.block_mask(xyz, 0.6)]
-    assert device == "meta" or out[0].item() == pytest.approx(expected.item(), rel=1e-3)
-    out += [loss_of(model.train(), device), act.farthest_point_sample(xyz, 5, seeded())]
-    if isinstance(model, act.Teacher):
-        out += [model.features(*act.group_points(xyz, 10, 8)), *model(xyz, hard=True)]
-    assert all(tensor.device.type == device for tensor in out)
+    mode = nullcontext()
+    if device == FAKE_GPU:  # it raises for both, as a GPU raises for one and waits for the other
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model = model.to_empty(device=device) if device == FAKE_GPU else model.to(device)
+        xyz = random_clouds().to(device)
+        out = [loss_of(model, device), act.block_mask(xyz, 0.6)]
+        assert device == FAKE_GPU or out[0].item() == pytest.approx(expected.item(), rel=1e-3)
+        out += [loss_of(model.train(), device), act.farthest_point_sample(xyz, 5, seeded())]
+        if isinstance(model, act.Teacher):
+            out += [model.features(*act.group_points(xyz, 10, 8)), *model(xyz, hard=True)]
+        assert all(tensor.device.type == device for tensor in out)
+        out[2].backward()
 
 
 def test_what_is_wrong_is_named():

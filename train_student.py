@@ -4,7 +4,6 @@
     python train_student.py --target coordinates  # Point-MAE, all else equal; no teacher
     python train_student.py --data my_clouds --size base --init official.pth
     python train_student.py --data ShapeNet55 --size base  # as published
-    torchrun --nproc_per_node=8 train_student.py --data ShapeNet55 --size base  # on eight
 
 Leaves last.pt, metrics.jsonl, config.json, loss.svg, features and reconstruction in --out.
 """
@@ -22,10 +21,8 @@ from util import clouds, datasets, metrics, pictures, processes, run
 from util.run import flag
 
 
-# -- target: what is predicted of the masked patches ----------------------------------------------
-class FixedTeacher:
-    """The teacher, never trained: its prompts are computed once."""
-
+# -- target: what is predicted of the masked patches
+class FixedTeacher:  # never trained: its prompts are computed once
     def __init__(self, path, device):
         if not Path(path).exists():
             raise act.UserError(f"{path}: expected a teacher; run train_teacher.py first")
@@ -63,9 +60,7 @@ def coordinates_loss(prediction, neighborhood, center, masked, teacher, kind):
     return act.chamfer_distance(prediction.float().reshape(patch.shape), patch, norm=2)
 
 
-class Target(NamedTuple):
-    """A choice of --target; a further one is a loss function and a row of TARGETS."""
-
+class Target(NamedTuple):  # of --target; a further one is a loss function and a row of TARGETS
     loss: Callable
     dim: Callable  # configs of the teacher (or None), the student -> D
     needs_teacher: bool = True
@@ -85,7 +80,7 @@ TARGETS = {
 MASKS = {"random": act.random_mask, "block": act.block_mask}
 
 
-# -- config ---------------------------------------------------------------------------------------
+# -- config
 PRESETS = {  # base is the published run
     "tiny": dict(epochs=10, batch_size=16, lr=2e-3, mask_ratio=0.6, log_every=50),
     "small": dict(epochs=50, batch_size=128, lr=1e-3, mask_ratio=0.8),
@@ -112,11 +107,10 @@ def draw_patches(xyz, config, c, step, share=(0, 1)):
     """Neighborhood, center and mask of a share of a batch, (B, N, 3)."""
     generator = run.seeded("cpu", config.seed, "mask", step)
     neighborhood, center = act.group_points(xyz, c.num_group, c.group_size)
-    mask = MASKS[config.mask](center, config.mask_ratio, generator, share)
-    return neighborhood, center, mask
+    return neighborhood, center, MASKS[config.mask](center, config.mask_ratio, generator, share)
 
 
-# -- model ----------------------------------------------------------------------------------------
+# -- model
 def student_config(config, source, teacher, train):
     """Sizes of --size or --init, then --set; the teacher's patches; the frame of `train`."""
     sizes = act.StudentConfig(**run.ENCODER_SIZES[config.size])
@@ -174,8 +168,7 @@ def svm_features(student, split, config):
         generator = run.seeded(device, config.seed, "features", i)
         xyz, _ = split.sample(indices, config.points, generator)
         features.append(act.global_feature(student.eval().encode(xyz)))
-    labels = split.labels[chosen.to(split.labels.device)]
-    return torch.cat(features), labels.to(device)
+    return torch.cat(features), split.labels[chosen.to(split.labels.device)].to(device)
 
 
 def probe(student, name, train, test, config):
@@ -237,9 +230,7 @@ def main(config):
         config = replace(config, loss=config.loss or "cosine")
 
     # -- data
-    dataset = datasets.open_dataset(
-        config.data, config.cache or None, config.variant, drop_invalid=config.drop_invalid
-    )
+    dataset = datasets.open_dataset(config.data, config.cache, config.variant, config.drop_invalid)
     print(datasets.describe(dataset))
     train = dataset.everything or dataset.train
     test = dataset.test
@@ -260,17 +251,15 @@ def main(config):
     student = act.Student(c).to(device)
     if source is not None:
         load_matching(student, source, config)
-    for split in (train, test):
-        clouds.check_sizes(split, c.num_group, c.group_size, config.points)
+    clouds.check_sizes([train, test], c, config.points)
     train = run.place(train, device)
     test = run.place(test, device)
     if not 0 < int(config.mask_ratio * c.num_group) < c.num_group:
         raise act.UserError(f"--mask-ratio {config.mask_ratio}: expected some patches")
     millions = sum(p.numel() for p in student.parameters()) / 1e6
-    print(
-        f"stage II on {device} x {processes.WORLD}, {config.precision}; size {config.size}, "
-        f"{c.width} wide, {c.depth} deep, {millions:.1f} M parameters; target {config.target}"
-    )
+    start = f"stage II on {device} x {processes.WORLD}, {config.precision}"
+    sizes = f"size {config.size}, {c.width} wide, {c.depth} deep, {millions:.1f} M parameters"
+    print(f"{start}; {sizes}; target {config.target}")
 
     # -- optimizer, resume
     optimizer = run.adamw(student, config.lr, config.weight_decay)

@@ -18,16 +18,11 @@ import act
 from util import clouds, datasets, pictures, processes, run, weights
 from util.run import flag
 
-# -- config ---------------------------------------------------------------------------------------
+# -- config
 PRESETS = {  # base is the published run
     "tiny": dict(epochs=6, batch_size=4, lr=1e-3, log_every=100, codes="information"),
     "small": dict(epochs=50, batch_size=64, lr=5e-4, codes="information"),
     "base": dict(epochs=300, batch_size=64, lr=5e-4, codes="kl"),
-}
-BACKBONES = {  # the public weights of --weights auto, and the width of a random backbone
-    "tiny": ("vit_tiny_patch16_224", 192),
-    "small": ("vit_small_patch16_384", 384),
-    "base": ("vit_base_patch16_384", 768),
 }
 WIDTHS = dict.fromkeys(("encoder_dims", "tokens_dims", "decoder_dims"), 192)
 TEACHERS = {  # what differs from the paper's sizes
@@ -53,7 +48,7 @@ class Config(run.RunConfig):
     set: list = flag((), f"NAME=VALUE of the teacher's {', '.join(SET)}")
 
 
-# -- model ----------------------------------------------------------------------------------------
+# -- model
 def open_backbone(source, name, width):
     """The backbone of --weights and its name; a random one if auto finds no public weights."""
     if source == "none":
@@ -75,7 +70,7 @@ def build_teacher(config, device):
     if config.init:
         run.refuse_flags(config, ["weights", "prompt", "tune", "set"], "--init")
         return run.load_model(config.init, device, act.Teacher)
-    name, width = BACKBONES[config.size]
+    name, width = run.BACKBONES[config.size]
     backbone, source = open_backbone(config.weights, name, width)
     sizes = act.TeacherConfig(weights=source, **TEACHERS[config.size])
     if backbone is not None:
@@ -89,7 +84,7 @@ def build_teacher(config, device):
     return act.Teacher(sizes, backbone).to(device)
 
 
-# -- loss: as published, or with the information term, which a run of minutes needs ---------------
+# -- loss: as published, or with the information term, which a run of minutes needs
 def temperature(step, total):
     """Of the Gumbel-softmax: 1 -> 0.0625 over the first 100,000 steps of the published run."""
     return run.cosine(step / (100_000 * min(1, total / PUBLISHED_STEPS)), 1.0, 0.0625)
@@ -109,23 +104,18 @@ def published_loss(output, step, total):
 
 
 def information_loss(output, step, total):
-    """Reconstruction - INFORMATION * I(patch; code): (loss, reconstruction, KL, 0)."""
+    """Reconstruction - INFORMATION * I(patch; code): (loss, reconstruction, KL, 0). I, in nats, is
+    the entropy of the mean probabilities of all processes less the mean entropy of this one's."""
     _, reconstruction, kl = act.teacher_loss(output, 0.0)
-    loss = reconstruction - INFORMATION * information(output.logits)
-    return loss, reconstruction, kl, 0.0
-
-
-def information(logits):
-    """Mutual information of patch and code in nats, (B, G, codes) -> scalar: entropy of the mean
-    probabilities, those of all processes, less the mean entropy of this one's."""
-    log_q = logits.float().flatten(0, 1).log_softmax(dim=-1)  # (B G, codes)
+    log_q = output.logits.float().flatten(0, 1).log_softmax(dim=-1)  # (B G, codes)
     mean = processes.average(log_q.exp().mean(dim=0))
     entropy = -(log_q.exp() * log_q).sum(dim=-1).mean()
     entropy_of_mean = -(mean * mean.clamp_min(1e-12).log()).sum()
-    return entropy_of_mean - entropy
+    loss = reconstruction - INFORMATION * (entropy_of_mean - entropy)
+    return loss, reconstruction, kl, 0.0
 
 
-# -- start of the codes, with --codes information -------------------------------------------------
+# -- start of the codes, with --codes information
 @torch.no_grad()
 def start_codes(teacher, train, config, device):
     """Sets codebook, the logits' layer and BatchNorm's statistics from training patches, so that a
@@ -156,7 +146,7 @@ def start_codes(teacher, train, config, device):
     norm.weight.fill_(10.0)  # logits well above the Gumbel noise, whose standard deviation is 1.3
 
 
-# -- evaluation -----------------------------------------------------------------------------------
+# -- evaluation
 def whole(patches, center):
     """Patches relative to their centres as clouds: (B, G, S, 3), (B, G, 3) -> (B, G S, 3)."""
     return (patches + center[:, :, None]).flatten(1, 2)
@@ -221,18 +211,14 @@ def main(config):
     config, device = run.setup(config, PRESETS)
 
     # -- data
-    dataset = datasets.open_dataset(
-        config.data, config.cache or None, config.variant, drop_invalid=config.drop_invalid
-    )
+    dataset = datasets.open_dataset(config.data, config.cache, config.variant, config.drop_invalid)
     print(datasets.describe(dataset))
     config = run.plan(config, len(dataset.train))
-    identities = dataset.train.identities()
 
     # -- model
     teacher = build_teacher(config, device)
     c = teacher.config
-    for split in (dataset.train, dataset.test):
-        clouds.check_sizes(split, c.num_group, c.group_size, config.points)
+    clouds.check_sizes([dataset.train, dataset.test], c, config.points)
     train = run.place(dataset.train, device)
     test = run.place(dataset.test, device)
     loss_function = published_loss
@@ -252,7 +238,7 @@ def main(config):
 
     # -- optimizer, resume
     optimizer = run.adamw(teacher, config.lr, config.weight_decay, slow)
-    log, state = run.begin(config, teacher, optimizer, identities)
+    log, state = run.begin(config, teacher, optimizer, dataset.train.identities())
     net = processes.parallel(teacher, config)
     before = state["before"] if state else evaluate(teacher, test, config, 256)
 
@@ -300,11 +286,10 @@ def main(config):
     for name, title, scale in (("cd_l1", "CD-L1 x 1000", 1000), ("fscore", "F-score, %", 100)):
         text = f"{scale * before[name]:.2f} untrained -> {scale * after[name]:.2f} trained"
         print(f"reconstruction of {count} test clouds, {title}: {text}")
-    if other is None:
-        return
-    change = 100 * (other / after["cd_l1"] - 1)
-    note = "(near 0: the decoder ignores the codes)"
-    print(f"CD-L1 with the codes of another cloud: {change:+.1f} % {note}")
+    if other is not None:
+        change = 100 * (other / after["cd_l1"] - 1)
+        note = "(near 0: the decoder ignores the codes)"
+        print(f"CD-L1 with the codes of another cloud: {change:+.1f} % {note}")
 
 
 if __name__ == "__main__":

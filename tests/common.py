@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import act
 from util import run
 
+torch.set_num_threads(1)  # with tiny clouds threads would wait for one another
+settings.register_profile("few", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("few")
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = "--points 64 --batch-size 4 --precision fp32 --device cpu".split()
 SIZES = "num_group=8 group_size=8 num_prompt=2 num_tokens=16 encoder_dims=16 tokens_dims=16"
@@ -47,8 +51,7 @@ def run_command(module, *words):
 def python(*args):
     """Another process of Python -> CompletedProcess, with its output as text."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    words = [sys.executable] + list(args)
-    return subprocess.run(words, capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable] + list(args), capture_output=True, text=True, env=env)
 
 
 def interrupt(step):

@@ -1,4 +1,4 @@
-"""Fixtures that several test files need: a folder of clouds, and a finished run of each stage."""
+"""An empty folder for each test, and for several a folder of clouds and a run of each stage."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,11 @@ import train_student
 import train_teacher
 from common import STUDENT, TEACHER, run_command
 from util import synthetic
+
+
+@pytest.fixture(autouse=True)
+def new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ def test_every_part_runs_and_one_whose_results_differ_ends_alone(monkeypatch, ca
     with pytest.raises(SystemExit, match="failed: geometry$"):
         run_command(bench, "--quick")
     rows = capsys.readouterr().out
-    for words in ("gradients ±", "kNN (2, 16 of 256)", "stage-II step", "eager"):
+    for words in ("gradients ±", "kNN (2, 16 of 256)", "cuboid in 5318", "stage-II step", "eager"):
         assert words in rows
     with refused("--device", "cuda:9"):
         run_command(bench, "--device", "cuda:9")

@@ -38,11 +38,6 @@ open_scans = partial(datasets.open_scans, points=100)
 open_fold = partial(datasets.read_episode, way=2)
 
 
-@pytest.fixture(autouse=True)
-def new_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def write(tree):
     for name, content in tree.items():
         path = Path("set", name)
@@ -59,7 +54,7 @@ def write(tree):
             with pytest.importorskip("h5py").File(path, "w") as file:
                 file["data"] = np.stack(content[0])
                 file["label"] = content[1]
-        else:  # as numpy 1 writes it
+        else:  # as by numpy 1
             path.write_bytes(pickle.dumps(content, 2).replace(b"numpy._core.", b"numpy.core."))
 
 
@@ -69,7 +64,7 @@ def write_clouds(names):
 
 
 ALIKE = "train/o\u0308/0 train/x/1 test/\u00f6/2 test/X/3"
-LAYOUTS = [  # words of the description, labels to train and to test on, clouds, other files
+LAYOUTS = [  # words of the description, labels of both splits, clouds, other files
     ("val is in the train set", [[1, 0], [1]], "Val/b/1 train/a/0 testing/b/2", {}),
     ("train is a class", [[0, 1], [1]], "train/b/0 train/train/1 test/train/2", {}),
     ("x/y holds all", [[0, 1]] * 2, "x/y/a/0 x/y/a/1 x/y/train/2 x/y/train/3", {}),
@@ -93,9 +88,9 @@ def test_layouts_are_told_apart_and_followed(text, labels, names, others):
         for i, name in enumerate(split.names):
             for path in Path("set").rglob(name):
                 np.testing.assert_array_equal(split[i], files.read_cloud(path, None))
-    if others is SHAPENET:  # both lists
+    if others is SHAPENET:
         assert dataset.everything.names == ["a-1.npy", "b-0.npy", "a-0.npy"]
-    if others is H5:  # all parts
+    if others is H5:
         assert len(open_dataset("set/x_train9.h5").train) == 3
     if others is MODELS:
         assert dataset.train.part_ranges == [(4, 6), (36, 38)]
@@ -157,7 +152,7 @@ def test_a_folder_says_what_it_skips_and_holds_out_a_fifth():
     write({"0.npy": CLOUD, "d/e/1/model.npy": CLOUD, "d/e/2/model.npy": CLOUD})
     assert "no classes, since 0.npy" in open_dataset("set").notes[-2]
     assert open_dataset("set/0.npy").test.names == ["0.npy"]
-    assert open_dataset("set/d").train.labels is None  # Each folder holds one cloud.
+    assert open_dataset("set/d").train.labels is None  # one cloud a folder
 
 
 def all_points(**options):
@@ -170,14 +165,14 @@ def test_a_folder_is_read_once_until_a_file_changes(monkeypatch):
     first = all_points()
     with monkeypatch.context() as patch:
         patch.setattr(files, "READERS", dict.fromkeys(files.READERS))  # none can be called
-        open_dataset("set").train.points.zero_()  # what is written stays private
+        open_dataset("set").train.points.zero_()  # stays private
         assert torch.equal(all_points(), first)
     np.save("set/a/0.npy", np.insert(CLOUD, 3, np.nan, axis=0))
     assert len(all_points(drop_invalid=True)) == 80
     assert len(list(Path("set").glob(".clouds*"))) == 2  # none of earlier files
 
 
-class Call(tuple):  # Its pickle calls a function with arguments, and may set a state.
+class Call(tuple):  # Its pickle calls a function, and may set a state.
     def __reduce__(self):
         return tuple(self)
 
@@ -190,7 +185,6 @@ FOLD = {"train": [(CLOUD, 0, "a")], "test": [(CLOUD[:20], 1, "b")]}
 NINE = [CLOUD] * 7 + [np.nan * CLOUD, CLOUD]
 MISTAKES = [  # what opens it, words of the message, files
     (open_dataset, "2 of 3 broken a. b.", {"a.xyz": "1 2 3\n4", "b.npy": [1], "c.npy": CLOUD}),
-    (open_dataset, "1 .las laspy", {"a.las": "", "b.txt": ""}),
     (open_rooms, "7 labels colours", {"a.xyz": COLORS}),
     (open_parts, "80 colours", {"a.npy": MANY, "b.npy": MANY + [0, 0, 0, 40]}),
     (open_dataset, "b.npy", {"train/a.npy": CLOUD, "test/a.npy": CLOUD, "b.npy": CLOUD}),
@@ -199,7 +193,7 @@ MISTAKES = [  # what opens it, words of the message, files
     (open_parts, "classes.txt different", {"a.npy": PARTS, "classes.txt": "a\nb\na\nd"}),
     (open_dataset, "cloud 7 9:", {"train.h5": (NINE, [0] * 9), "test.h5": [0]}),
     (open_fold, "sys.exit", {"0.pkl": [Call((sys.exit, ("executed",)))]}),
-    (open_fold, "memo", {"0.pkl": "\x80\x02Nr\xff\xff\xff\xff."}),  # 4 GB
+    (open_fold, "memo", {"0.pkl": "\x80\x02Nr\xff\xff\xff\xff."}),
     (open_fold, "object", {"0.pkl": FOLD | {"test": [(FORGED_ARRAY, 1, "b")]}}),
 ]
 

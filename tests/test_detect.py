@@ -3,6 +3,7 @@
 import functools
 import itertools
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import act
 import detect
 from common import checkpoint, interrupt, randn, refused, rows_of, run_command, same
-from util import datasets, detector, metrics, processes, run, synthetic
+from util import datasets, detector, metrics, plain, processes, run, synthetic
 
 pytest.importorskip("scipy")  # nothing is detected without it
 
@@ -19,7 +20,7 @@ FLAGS = "--device cpu --size tiny --points 256 --batch-size 2 --precision fp32".
 CONFIG = run.parse_flags(detect.Config, "", FLAGS)
 CLASSES = synthetic.ROOM_CLASSES[3:]
 noise = functools.partial(randn, dtype=torch.float64)
-ROOM = datasets.synthetic_scenes((7, 1), 3000)[0]  # 7118 points, 7 boxes
+ROOM = datasets.synthetic_scenes(7, 1, 3000)[0]  # 7118 points, 7 boxes
 
 
 def use_rooms(patch, train, test):
@@ -62,15 +63,18 @@ def test_loss_is_that_of_loops_and_the_sum_over_layers(counts, elsewhere, monkey
 
 
 def test_a_share_of_a_batch_is_what_the_whole_batch_has():
-    whole = detect.sample([ROOM] * 3, 1000, np.random.default_rng(0), "published")
-    share = detect.sample([ROOM] * 3, 1000, np.random.default_rng(0), "published", share=(1, 2))
+    whole = detect.sample([ROOM] * 3, 1000, [0], "published")
+    assert not same(whole[0][0], whole[0][1])
+    with mock.patch.object(detect, "sample_room", wraps=detect.sample_room) as sampled:
+        share = detect.sample([ROOM] * 3, 1000, [0], "published", share=(1, 2))
+    assert sampled.call_count == 1
     for found, values in zip(share, whole, strict=True):
         assert same(found, values[1::2])
 
 
 @pytest.mark.parametrize("augment, growth", [("", 1), ("quarters", 1), ("published", 1.4)])
 def test_boxes_hold_their_points_and_grow_in_small_turns_alone(monkeypatch, augment, growth):
-    monkeypatch.setattr(detect, "CUBOID_TRIES", 0)  # no cuboid, which may cut boxes
+    monkeypatch.setattr(detector, "CUBOID_TRIES", 0)  # no cuboid, which may cut boxes
     monkeypatch.setattr(detector, "sample_points", lambda xyz, num_points, rng: xyz)
     offset = abs(ROOM.xyz - ROOM.boxes[:, None, :3])  # (7, N, 3)
     held = (offset <= ROOM.boxes[:, None, 3:] / 2).all(axis=2)
@@ -83,7 +87,11 @@ def test_boxes_hold_their_points_and_grow_in_small_turns_alone(monkeypatch, augm
 
 
 def test_random_cuboid_keeps_enough_points_and_boxes_by_their_centers():
-    inside, held = detect.random_cuboid(ROOM.xyz, ROOM.boxes, np.random.default_rng(0), 2000)
+    for seed in range(9):
+        found = detector.random_cuboid(ROOM.xyz, ROOM.boxes, np.random.default_rng(seed), 2000)
+        expected = plain.random_cuboid(ROOM.xyz, ROOM.boxes, np.random.default_rng(seed), 2000)
+        np.testing.assert_equal(found, expected)
+    inside, held = found
     kept = ROOM.xyz[inside]
     center = ROOM.boxes[:, :3]
     within = (center >= kept.min(axis=0)) & (center <= kept.max(axis=0))

@@ -1,4 +1,4 @@
-"""Tests of util/files.py, on files written byte for byte."""
+"""util/files.py on files written byte for byte."""
 
 import io
 import os
@@ -15,15 +15,10 @@ from common import python, refused
 from util import clouds, files
 
 NEAR = np.random.default_rng(0).normal(size=(20, 3)).round(4)
-XYZ = (NEAR + [500_000, 5_800_000, 0]).round(4)  # as on a map
+XYZ = (NEAR + [500_000, 5_800_000, 0]).round(4)
 WIDE = np.hstack([XYZ, XYZ * 0 + 7])
 NUMBERED = np.column_stack([np.arange(20), XYZ])
 FIELDS = np.rec.fromarrays(WIDE[:, [2, 0, 1, 3]].T, names="z,x,y,label")
-
-
-@pytest.fixture(autouse=True)
-def new_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def saved(save, *arrays, **named):
@@ -56,7 +51,7 @@ POINTS["units.txt"] = UNITS + text(NUMBERED)
 POINTS |= {"chairs.pts": "class x y z\n20\nchair " + text(XYZ, end="\nchair ")[:-6]}
 POINTS |= {"colmap.txt": "# ID, X, Y, Z, T[]\n# y up x z\n" + text(NUMBERED, end=" 9\n")}
 CORNERS = "0 0 0\n10 0 0\n10 10 0\n9 10 0\n9 1 0\n1 1 0\n1 10 0\n0 10 0\n0 0 4\n"
-FACES = "8 0 1 2 3 4 5 6 7\n3 0 1 8\n"  # a U of area 28 and a triangle of area 20
+FACES = "8 0 1 2 3 4 5 6 7\n3 0 1 8\n"  # a U of area 28, a triangle of 20
 OBJ = "v " + CORNERS.replace("\n", "\nv ")[:-2]
 MESH = "ply\nformat ascii 1.0\nelement face 2\nproperty list uchar int uv\n"
 MESH += "property list uchar int vertex_index\nelement vertex 9\nproperty float x\n"
@@ -65,7 +60,7 @@ MESH += f"3 2 2 2 8 0 1 2 3 4 5 6 7\n1 9 3 0 1 8\n{CORNERS}"
 MESHES = {"faces.ply": MESH, "edges.off": f"coff9 2 2\n{CORNERS}{FACES[:-1]} 9 0.5 9\n0 1\n1 2\n"}
 MESHES |= {"faces.obj": f"{OBJ}f 1//2 2/1 3/1/1 4 5 6 \\\n 7 8\nf -9 -8 -1\nv 0 0 0\n"}
 OFF = "OFF\n4 1 0\n0 0 0\n1 1 0\n1 0 0\n0 1 0\n"
-BAD = {"pickle.npy": b"csys\nexit\n(S'executed'\ntR."}  # would exit
+BAD = {"pickle.npy": b"csys\nexit\n(S'executed'\ntR."}
 BAD |= {"objects.npz": saved(np.savez, a=[None]), "no.xyz": "", "a.las": "LASF"}
 BAD |= {"bomb.npz": saved(np.savez_compressed, points=np.zeros(2**26, "i1"))}
 BAD |= {"paraview.csv": "points:0,points:1,points:2\n1,2,3\n2,3,4", "same.xyz": "1 2 3\n" * 9}

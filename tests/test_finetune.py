@@ -16,9 +16,8 @@ from util import clouds, datasets, files, run, synthetic
 
 
 @pytest.fixture
-def command(shapes, student_run, tmp_path, monkeypatch, capsys):
-    """command(flags): the command in an empty folder -> what it printed."""
-    monkeypatch.chdir(tmp_path)
+def command(shapes, student_run, capsys):
+    """command(flags): the command -> what it printed."""
 
     def command(flags):
         words = ["--data", shapes, "--checkpoint", student_run / "last.pt"]

@@ -15,7 +15,7 @@ from util import clouds, detector, files, inference, run, synthetic
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
+def new_folder(tmp_path_factory):
     """A folder with an untrained checkpoint of each kind, a mug and rooms."""
     config = detector.DetectorConfig(**ENCODER, num_queries=8, decoder_width=16, decoder_depth=1)
     config.class_names = ["chair"]  # then an untrained model is sure of some boxes
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
         "Mug": make("Segmenter", points=100, num_categories=16, num_parts=50),
         "rooms": make("Segmenter", points=100, normalized=False, num_categories=0, num_parts=13),
     }
-    room = synthetic.synthetic_rooms([(9, 0)], 30)[0].xyz
+    room = synthetic.synthetic_room(9, 0, 30).xyz
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("predict"))
         for name, model in models.items():

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import act
 import segment
-from common import ENCODER, SHORT, refused, rows_of, run_command, seeded
-from util import clouds, datasets, processes, synthetic
+from common import ENCODER, SHORT, make, refused, rows_of, run_command, seeded
+from util import clouds, datasets, inference, processes, synthetic
 
 SIZES = ENCODER | {"points": 64}
 
@@ -101,9 +103,8 @@ def test_two_processes_share_a_step_and_have_all_figures(name, augment, request,
 
 
 @pytest.mark.parametrize("task", ["parts", "scene"])
-def test_own_labels_of_no_cloud_are_in_no_mean(tmp_path, monkeypatch, student_run, task):
+def test_own_labels_of_no_cloud_are_in_no_mean(student_run, task):
     names = {"parts": ["low", "hé", "none"], "scene": ["label 1", "label 2"]}[task]
-    monkeypatch.chdir(tmp_path)
     xyz = np.random.default_rng(0).uniform(0, [1.6, 1.2, 2], (900, 3))
     labels = (xyz[:, 2] > 1) + int(task == "scene")  # 0 is no label there
     xyz[7] = np.nan
@@ -121,3 +122,36 @@ def test_own_labels_of_no_cloud_are_in_no_mean(tmp_path, monkeypatch, student_ru
     for name in {"miou", "instance_miou", "class_miou"} & closing.keys():
         assert closing[name] == pytest.approx((closing[each[0]] + closing[each[1]]) / 2)
     assert act.load("run/last.pt").config.normalized == (task == "parts")
+
+
+@given(st.floats(0.1, 5), st.floats(0.1, 3) | st.just(9000), st.integers(0, 99))
+def test_blocks_hold_every_point_and_nothing_beyond_half_a_metre(width, depth, seed):
+    xyz = np.random.default_rng(seed).uniform(-3, [width - 3, depth - 3, -1], (90, 3))
+    seen = np.zeros(len(xyz), int)
+    for inside, origin in inference.room_blocks(xyz):
+        assert abs(xyz[inside, :2] - origin[:2]).max() <= 0.502
+        assert origin[2] == 0  # heights stay as they are
+        seen[inside] += 1
+    assert seen.min() >= 1
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@torch.no_grad()
+def test_a_points_label_is_the_likeliest_of_a_category_by_its_probabilities_in_all_sets(normalized):
+    xyz = np.random.default_rng(0).uniform(-1, 1, (200, 3))
+    options = dict(points=50, part_ranges=[[0, 1], [1, 2], [2, 5]])
+    model = make("Segmenter", normalized=normalized, **options)
+    regions = [(np.arange(200), np.zeros(3))]
+    if not normalized:
+        regions = inference.room_blocks(xyz)
+    category = torch.tensor([2])
+    model.head[-1].bias -= model(torch.from_numpy(xyz).float()[None], category).mean(dim=(0, 1))
+    total = torch.zeros(200, 5)
+    for indices, origin in inference.point_sets(regions, 50):
+        points = torch.from_numpy(xyz[indices] - origin).float()[None]
+        if normalized:
+            points = clouds.unit_sphere(points)
+        total.index_add_(0, torch.from_numpy(indices), model(points, category)[0].softmax(dim=1))
+    expected = total[:, 2:].argmax(dim=1) + 2
+    assert inference.label_points(model, xyz, 2).tolist() == expected.tolist()
+    assert expected.unique().numel() > 1

@@ -28,9 +28,8 @@ for name, text in texts.items():
 
 
 @pytest.fixture(autouse=True)
-def stubs(tmp_path, monkeypatch):
+def stubs(new_folder, tmp_path, monkeypatch):
     """Commands that only note their flags, in place of those that train."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["study.py"])
     for name in ("train_teacher.py", "train_student.py", "finetune.py"):

@@ -21,7 +21,7 @@ def test_values_stay_the_same():
     assert several.points.double().abs().sum().item() == pytest.approx(3241.861, rel=3e-3)
     assert (torch.arange(32).repeat_interleave(128) * several.parts).sum() == 1677410
     assert len(several.classes) == 16 and several.part_ranges[-1] == [39, 41]
-    (room,) = synthetic.synthetic_rooms([(5, 3)], density=60)
+    room = synthetic.synthetic_room(5, 3, density=60)
     assert room.labels.sum() == 8451
     np.testing.assert_allclose(room.xyz.sum(0, np.float64), [6923.4207, 4818.6731, 4291.2892])
     for label, low, high in room.boxes:  # furniture stands within its box

@@ -22,7 +22,7 @@ Random = Generator | None  # None: torch's own
 Share = tuple[int, int]  # (rank, world): clouds rank::world of a batch
 
 
-class Room(NamedTuple):  # Coordinates are in metres, and z points up.
+class Room(NamedTuple):  # in metres, z up
     name: str
     area: int  # part of the building, for training or for test
     xyz: np.ndarray  # (n, 3) float32
@@ -30,7 +30,7 @@ class Room(NamedTuple):  # Coordinates are in metres, and z points up.
     boxes: list = ()  # (class, lowest corner, highest corner) of each object
 
 
-class Scene(NamedTuple):  # Coordinates are in metres, and z points up.
+class Scene(NamedTuple):  # in metres, z up
     name: str
     xyz: np.ndarray  # (n, 3) float32
     boxes: np.ndarray  # (m, 6) float32, center and size
@@ -110,9 +110,7 @@ class Clouds:
         x, y, z, radius = torch.stack(frames).mean(0).tolist()
         return (x, y, z), radius
 
-    def sample(
-        self, indices: Tensor, num_points: int, generator: Random = None, share: Share = (0, 1)
-    ) -> tuple:
+    def sample(self, indices: Tensor, num_points: int, generator=None, share=(0, 1)) -> tuple:
         """A random `num_points` of each, a smaller one repeated: xyz (B, num_points, 3) on the
         generator's device, normalised if `normalized`, and flat, their rows of `points`."""
         rank, world = share
@@ -144,16 +142,18 @@ def count_distinct(points: Tensor, offsets: Tensor) -> Tensor:
     return torch.tensor(counts)
 
 
-def check_sizes(clouds: Clouds, num_group: int, group_size: int, points: int) -> None:
-    """UserError unless samples have enough distinct points for the patches."""
-    if points < group_size:
-        raise act.UserError(f"--points: expected {group_size} or more, got {points}")
-    distinct = clouds.distinct
-    if distinct is None:
-        distinct = count_distinct(clouds.points, clouds.offsets)
-    for name, count in zip(clouds.names, distinct.clamp(max=points).tolist(), strict=True):
-        if count < num_group:
-            raise act.UserError(f"{name}: expected {num_group} distinct --points, got {count}")
+def check_sizes(splits: list[Clouds], c, points: int) -> None:
+    """UserError unless samples have enough distinct points for the patches of a model's config."""
+    if points < c.group_size:
+        raise act.UserError(f"--points: expected {c.group_size} or more, got {points}")
+    for split in splits:
+        distinct = split.distinct
+        if distinct is None:
+            distinct = count_distinct(split.points, split.offsets)
+        for name, count in zip(split.names, distinct.clamp(max=points).tolist(), strict=True):
+            if count < c.num_group:
+                expected = f"expected {c.num_group} distinct --points"
+                raise act.UserError(f"{name}: {expected}, got {count}")
 
 
 @torch.no_grad()
@@ -218,8 +218,7 @@ def as_float32(points: np.ndarray, normalized: bool = True) -> np.ndarray:
 def unit_sphere(xyz: Tensor) -> Tensor:
     """`normalize` for every cloud of a batch (B, N, 3); equal points become 0."""
     xyz = xyz.double() - xyz.double().mean(1, keepdim=True)
-    radius = xyz.norm(dim=2).amax(1)  # (B,)
-    return (xyz / radius[:, None, None].clamp(min=1e-12)).float()
+    return (xyz / xyz.norm(dim=2).amax(1)[:, None, None].clamp(min=1e-12)).float()
 
 
 def limit_points(rows: np.ndarray) -> np.ndarray:

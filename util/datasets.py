@@ -61,7 +61,7 @@ class Dataset:  # clouds, rooms or Scenes to train and to test on
     test: Clouds | list
     classes: list[str] = field(default_factory=list)  # of rooms; clouds have their own
     everything: Clouds | None = None  # both, if the published pretraining takes both
-    notes: list[str] = field(default_factory=list)  # what whoever reads the results must know
+    notes: list[str] = field(default_factory=list)  # for whoever reads the results
 
 
 def describe(dataset: Dataset) -> str:
@@ -75,13 +75,13 @@ def describe(dataset: Dataset) -> str:
     return "; ".join([text] + dataset.notes)
 
 
-# -- Which files, which splits ----------------------------------------------------------------
+# -- Which files, which splits
 @dataclass
 class Entry:  # a file of a data set
     name: str  # its path below the root, with slashes
     split: str | None = None  # "train" or "test"; at first also "val", or None if no folder says it
     label: str | None = None  # name of its class
-    parts: tuple | None = None  # (first, last + 1) of the labels of its points, if it holds them
+    parts: tuple | None = None  # (first, last + 1) of its points' labels, if it holds them
 
 
 def find_clouds(paths: list) -> list[Path]:
@@ -174,7 +174,7 @@ def name_classes(entries, above):
     without = [entry.name for entry in entries if entry.label is None]
     if 0 < len(without) < len(entries):
         notes.append(f"no classes, since {without[0]} is in no class folder")
-    for label in sorted({entry.label for entry in entries} - {None}):
+    for label in sorted(set(map(attrgetter("label"), entries)) - {None}):
         if label.lower() in SPLITS:
             notes.append(f"the folder {label} is a class")
         first = classes.setdefault(label.casefold(), label)
@@ -209,11 +209,11 @@ def choose_splits(folder, entries):
     return ["a fixed fifth is the test set"]
 
 
-# -- Reading, once ---------------------------------------------------------------------------------
+# -- Reading, once
 def map_cache(stem):
     """The tensors of a cache, or None if it is absent or damaged."""
     with contextlib.suppress(OSError, act.UserError), files.parsing():
-        rows = np.load(f"{stem}.points.npy", mmap_mode="c")  # private and writable
+        rows = np.load(f"{stem}.points.npy", mmap_mode="c")  # private
         offsets, distinct = torch.from_numpy(np.load(f"{stem}.offsets.npy"))
         if rows.ndim == 2 and offsets[-1] == len(rows):
             return torch.from_numpy(rows), offsets, distinct[1:]
@@ -340,7 +340,7 @@ def read_episode(path: AnyPath, way: int) -> tuple[Clouds, Clouds]:
     return tuple(splits)
 
 
-# -- Published data sets ---------------------------------------------------------------------------
+# -- Published data sets
 def read_words(path):
     return path.read_text("utf-8", errors="replace").split()
 
@@ -377,9 +377,8 @@ def open_modelnet(root, options):
         splits = []
         for split in ("train", "test"):
             path = root / f"modelnet40_{split}_8192pts_fps.dat"
-            splits.append(
-                pack_arrays({path: files.read_pickle(path)}, classes, options.drop_invalid)
-            )
+            contents = {path: files.read_pickle(path)}
+            splits.append(pack_arrays(contents, classes, options.drop_invalid))
         return Dataset("ModelNet40", *splits)
     entries = []
     for split in ("train", "test"):
@@ -471,13 +470,10 @@ UNREAD |= {"*_bbox.npy": "scans with boxes: detect.py reads them"}
 LAYOUTS |= {"*train*.h5": open_h5, ".h5": open_h5, SYNSETS: open_shapenet_part}
 
 
-def open_dataset(
-    data: AnyPath, cache: AnyPath | None = None, variant="PB_T50_RS", drop_invalid=False
-) -> Dataset:
+def open_dataset(data: AnyPath, cache="", variant="PB_T50_RS", drop_invalid=False) -> Dataset:
     """'synthetic', the root of a published data set, a train .h5, a folder of clouds or one cloud.
     Sub-folders are classes; train, test and val, above or below them, are splits, else a fixed
-    fifth of each class is the test set. Clouds are read once, into `cache`, else the folder.
-    drop_invalid: leaves out points that are not finite."""
+    fifth of each class is the test set. Clouds are read once, into `cache`, else the folder."""
     if data == "synthetic":
         test = synthetic.synthetic_clouds(20, seed=1)
         return Dataset("synthetic shapes", synthetic.synthetic_clouds(50, seed=0), test)
@@ -487,8 +483,7 @@ def open_dataset(
         raise act.UserError(f"{path}: expected 'synthetic', a file or a folder, got no such path")
     with files.reading(path):
         fitting = filter(lambda key: key == path.suffix or any(path.glob(key)), LAYOUTS)
-        opener = LAYOUTS.get(next(fitting, None), open_clouds)
-        dataset = opener(path, options)
+        dataset = LAYOUTS.get(next(fitting, None), open_clouds)(path, options)
     if dataset.train.labels is not None and not dataset.train.classes:
         count = 1 + int(max(dataset.train.labels.max(), dataset.test.labels.max()))
         dataset.train.classes = [f"class {i}" for i in range(count)]
@@ -500,7 +495,7 @@ def open_dataset(
     return dataset
 
 
-def open_parts(data: AnyPath, cache: AnyPath | None = None, drop_invalid: bool = False) -> Dataset:
+def open_parts(data: AnyPath, cache: AnyPath = "", drop_invalid: bool = False) -> Dataset:
     """'synthetic', a ShapeNetPart root, or own rows x y z ... label, named in classes.txt."""
     if data == "synthetic":
         train = synthetic.compositions(synthetic.synthetic_clouds(50, seed=0))
@@ -542,9 +537,7 @@ def label_names(root, name, labels):
     return [f"label {i}" for i in range(count)]
 
 
-def open_rooms(
-    data: AnyPath, area: int = 5, density: float = 1200.0, drop_invalid: bool = False
-) -> Dataset:
+def open_rooms(data: AnyPath, area=5, density=1200.0, drop_invalid: bool = False) -> Dataset:
     """'synthetic' rooms (`density` points per m²), S3DIS (test: `area`) or own, metres and z up."""
     root = Path(data)
     name = "S3DIS"
@@ -556,7 +549,8 @@ def open_rooms(
         if data == "synthetic":
             name = "synthetic rooms"
             classes = synthetic.ROOM_CLASSES
-            rooms = synthetic.synthetic_rooms(itertools.product(range(1, 7), range(1, 4)), density)
+            for seed in itertools.product(range(1, 7), range(1, 4)):
+                rooms.append(synthetic.synthetic_room(seed[0], seed[1], density))
         else:
             for path in sorted(root.glob("Area_[0-9]*_*.npy")):
                 areas[path] = int(re.search("[0-9]+", path.name)[0])
@@ -584,8 +578,8 @@ def open_rooms(
 def open_scans(data: AnyPath, points: int) -> Dataset:
     """Scenes with boxes: 'synthetic' of `points` or more points, or VoteNet's form of ScanNetV2."""
     if data == "synthetic":
-        train = synthetic_scenes((7, 400), points)
-        test = synthetic_scenes((8, 48), points)
+        train = synthetic_scenes(7, 400, points)
+        test = synthetic_scenes(8, 48, points)
         return Dataset("synthetic rooms", train, test, synthetic.ROOM_CLASSES[3:])
     root = Path(data)
     with files.reading(root):
@@ -594,10 +588,11 @@ def open_scans(data: AnyPath, points: int) -> Dataset:
     return Dataset("ScanNetV2", train, test, SCANNET, notes=[train_note, test_note])
 
 
-def synthetic_scenes(rooms, points):
-    """The furnished rooms (area, which is their seed, and number of them) as Scenes."""
+def synthetic_scenes(area, count, points):
+    """The furnished rooms 0 to count - 1 of an area as Scenes."""
     scenes = []
-    for room in synthetic.synthetic_rooms([(rooms[0], i) for i in range(rooms[1])], points / 35):
+    for i in range(count):
+        room = synthetic.synthetic_room(area, i, points / 35)
         labels, low, high = map(np.stack, zip(*room.boxes, strict=True))  # (m,), (m, 3), (m, 3)
         boxes = np.hstack([(low + high) / 2, high - low]).astype(np.float32)
         scenes.append(Scene(room.name, room.xyz, boxes, labels - 3))  # after floor, ceiling, wall
@@ -617,15 +612,13 @@ def read_scans(root, list_name):
             boxes = files.read_numpy(root / f"{name}_bbox.npy")
             if boxes.size == 0:
                 boxes = np.zeros((0, 7))
-            fits = boxes.dtype.kind in "fiu"
-            fits = fits and boxes.shape[1:] == (7,)
-            fits = fits and np.isfinite(boxes).all()
-            fits = fits and (boxes[:, 3:6] >= 0).all()
+            fits = boxes.dtype.kind in "fiu" and boxes.shape[1:] == (7,)
+            fits = fits and np.isfinite(boxes).all() and (boxes[:, 3:6] >= 0).all()
             if not fits or not np.isin(boxes[:, 6], SCANNET_IDS).all():
                 raise act.UserError(f"expected rows center, size, nyu40 id, got {boxes[:1]}")
-        labels = np.searchsorted(SCANNET_IDS, boxes[:, 6])  # The ids are sorted.
+        labels = np.searchsorted(SCANNET_IDS, boxes[:, 6])
         points = files.read_points(root / f"{name}_vert.npy")
-        boxes = np.hstack([boxes[:, :3] - clouds.origin(points), boxes[:, 3:6]])  # They move along.
+        boxes = np.hstack([boxes[:, :3] - clouds.origin(points), boxes[:, 3:6]])
         xyz = clouds.as_float32(points, normalized=False)
         scans.append(Scene(name, xyz, boxes.astype(np.float32), labels))
     if not scans:

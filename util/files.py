@@ -131,7 +131,7 @@ def list_files(folder: AnyPath) -> list[Path]:
     return sorted(listed)
 
 
-# -- Arrays and texts -----------------------------------------------------------------------------
+# -- Arrays and texts
 def read_numpy(path: Path) -> np.ndarray:
     """The array of a .npy, mapped, or of a .npz: its only one, or the first of POINTS. Fields
     of an array, or arrays of a .npz, become columns if three are named x, y and z."""
@@ -235,7 +235,7 @@ def read_text(path: Path, labelled: bool = False) -> np.ndarray:
     return parse_numbers(rows, columns, mark)
 
 
-# -- Pickles, of which arrays and plain values are read -------------------------------------------
+# -- Pickles, of which arrays and plain values are read
 class PickledDtype:  # in place of numpy.dtype, whose flags, if forged, crash the interpreter
     def __init__(self, code, *_):
         self.dtype = np.dtype(code)
@@ -276,7 +276,7 @@ def read_pickle(path: Path) -> object:
         return ArrayUnpickler(file, encoding="latin1").load()
 
 
-# -- Meshes ---------------------------------------------------------------------------------------
+# -- Meshes
 def triangulate(vertices: np.ndarray, faces: list) -> np.ndarray:
     """The corners of triangles, (t, 3, 3), that cover the faces, which may be any polygons."""
     by_size = {}
@@ -315,8 +315,7 @@ def cut_polygon(polygon: np.ndarray, axis: int) -> np.ndarray:
         height = np.array([[[low]], [[high]]])
         cuts = start + (height - start[:, [up]]) / step[:, [up]] * step  # (2, edges, 3)
         bottom, top = cuts[:, np.argsort(cuts[:, :, across].sum(axis=0))]
-        gaps = np.diff([bottom[:, across], top[:, across]], axis=1)
-        if gaps.min() < -1e-6 * np.ptp(polygon):
+        if np.diff([bottom[:, across], top[:, across]], axis=1).min() < -1e-6 * np.ptp(polygon):
             raise act.UserError("expected faces that do not cross themselves, got one that does")
         triangles.append(np.stack([bottom[0::2], bottom[1::2], top[1::2]], axis=1))
         triangles.append(np.stack([bottom[0::2], top[1::2], top[0::2]], axis=1))

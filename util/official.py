@@ -14,8 +14,7 @@ import act
 from util import weights
 from util.weights import below, tensor
 
-# -- Official name -> our name --------------------------------------------------------------------
-# As in util/weights.py: a row is a tensor, or a module with all of it.
+# Official name -> our name. As in util/weights.py: a row is a tensor, or a module with all of it.
 STUDENT = {
     "ACT_encoder": "encoder",
     "ACT_encoder.encoder": "encoder.patch_embed",

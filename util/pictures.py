@@ -25,10 +25,9 @@ def write_png(path: str | Path, image: np.ndarray, caption: str = "") -> None:
     rows = np.pad(image.reshape(H, 3 * W), ((0, 0), (1, 0)))  # filter 0 before each row
     header = np.array([W, H], ">u4").tobytes() + bytes([8, 2, 0, 0, 0])  # 8 bits, RGB
     text = b"tEXtDescription\0" + caption.encode("latin-1", "backslashreplace")
-    image_data = b"IDAT" + zlib.compress(rows.tobytes())
     with files.complete_file(path) as file:
         file.write(b"\x89PNG\r\n\x1a\n")
-        for chunk in (b"IHDR" + header, text, image_data, b"IEND"):
+        for chunk in (b"IHDR" + header, text, b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"):
             file.write((len(chunk) - 4).to_bytes(4, "big"))
             file.write(chunk)
             file.write(zlib.crc32(chunk).to_bytes(4, "big"))
@@ -84,8 +83,7 @@ def write_gallery(path: str | Path, rows: list, caption: str, columns: int = 0) 
     clouds = sum(rows, [])
     columns = columns or len(rows[0])
     step = TILE + 2 * BORDER
-    height = step * math.ceil(len(clouds) / columns)
-    image = np.full((height, step * columns, 3), 255, np.uint8)
+    image = np.full((step * math.ceil(len(clouds) / columns), step * columns, 3), 255, np.uint8)
     placed = []
     painted = []
     for i, (xyz, colors) in enumerate(clouds):

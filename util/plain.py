@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 import act
 
 
-# -- geometry -------------------------------------------------------------------------------------
+# -- geometry
 def square_distance(a: Tensor, b: Tensor) -> Tensor:
     """All squared distances at once: (B, N, 3), (B, M, 3) -> (B, N, M)."""
     return (a[:, :, None] - b[:, None]).square().sum(-1)
@@ -64,7 +65,23 @@ def chamfer_distance(a: Tensor, b: Tensor, norm: int = 1) -> Tensor:
     return (to_b.sqrt().mean() + to_a.sqrt().mean()) / 2
 
 
-# -- modules of act, given as the first argument --------------------------------------------------
+def random_cuboid(xyz: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, count: int):
+    """detector.random_cuboid, which compares all points with each cuboid, whatever its sides."""
+    for _ in range(100):
+        ratio = rng.uniform(0.5, 1, 3)
+        offset = abs(xyz - xyz[rng.integers(len(xyz))])
+        inside = (offset <= ratio * np.ptp(xyz, axis=0) / 2).all(axis=1)
+        low, middle, high = np.sort(ratio)
+        if max(low / middle, middle / high) < 0.8 or inside.sum() < count:
+            continue
+        corners = (xyz[inside].min(axis=0), xyz[inside].max(axis=0))
+        held = ((boxes[:, :3] >= corners[0]) & (boxes[:, :3] <= corners[1])).all(axis=1)
+        if held.any():
+            return inside, held
+    return np.ones(len(xyz), bool), np.ones(len(boxes), bool)
+
+
+# -- modules of act, given as the first argument
 def channels_first(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Layers in a row on (B, C, N) or (B, C, N, K), each Linear as a convolution of size 1."""
     for layer in layers:
@@ -142,7 +159,7 @@ def features(teacher: act.Teacher, neighborhood: Tensor, center: Tensor, prompts
     return teacher.dgcnn_2(teacher.transform(tokens, center), graph)
 
 
-# -- act in its plain form ------------------------------------------------------------------------
+# -- act in its plain form
 @contextmanager
 def plain_form() -> Iterator[None]:
     """Within it act's functions and modules are the ones above; nothing else changes."""

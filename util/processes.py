@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 import act
 
@@ -51,21 +52,9 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Sum(torch.autograd.Function):
-    """The sum of the processes' tensors, whose gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return sum_over_processes(tensor.clone())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return sum_over_processes(gradient.clone())
-
-
 def average(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of the processes' tensors, whose gradient flows to all of them."""
-    return Sum.apply(tensor) / WORLD
+    return all_reduce(tensor) / WORLD if WORLD > 1 else tensor
 
 
 def collect(value) -> list:

@@ -20,12 +20,17 @@ from util import clouds, files, official, processes, weights
 
 TINY = dict(num_group=32, width=192, depth=6, num_heads=3, encoder_dims=192)
 ENCODER_SIZES = dict(tiny=TINY, small={}, base={})  # what differs from the paper's encoder
+BACKBONES = {  # the public weights of --weights auto, and the width of a random backbone
+    "tiny": ("vit_tiny_patch16_224", 192),
+    "small": ("vit_small_patch16_384", 384),
+    "base": ("vit_base_patch16_384", 768),
+}
 SIZES = ("auto", "tiny", "small", "base")
 # What --set takes by the type of a size: lowest value, end, in words.
 RANGES = {int: (1, 2**31, "a whole number, 1 or more"), float: (0, 1, "a rate from 0 to below 1")}
 
 
-# -- flags ----------------------------------------------------------------------------------------
+# -- flags
 def flag(default, help: str, paper=None, kind=None, choices=None):
     """A dataclass field that is a flag: () makes a list, False a switch, bool one with --no-."""
     if default or (default == 0 and default is not False):
@@ -45,9 +50,7 @@ def flag(default, help: str, paper=None, kind=None, choices=None):
 
 
 @dataclass
-class RunConfig:
-    """The flags of every command, which adds its own. None: the size decides."""
-
+class RunConfig:  # the flags of every command, which adds its own; None: the size decides
     data: str = flag("synthetic", "'synthetic' or the path of a data set")
     variant: str = flag("PB_T50_RS", "OBJ_BG, OBJ_ONLY or PB_T50_RS, of ScanObjectNN")
     cache: str = flag("", "folder for the memory-mapped copy of a folder of clouds")
@@ -67,9 +70,7 @@ class RunConfig:
     log_every: int = flag(None, "also log and print every so many steps", None, int)
 
 
-class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are the user's mistakes."""
-
+class FlagParser(argparse.ArgumentParser):  # whose errors are the user's mistakes
     def error(self, message):
         raise act.UserError(message)
 
@@ -99,8 +100,8 @@ def refuse_flags(config, names: list[str], task: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value not in (getattr(type(config), name), []):  # the class has the defaults
-            flag = name.replace("_", "-")
-            raise act.UserError(f"--{flag}: expected none for {task}, got {value}")
+            option = name.replace("_", "-")
+            raise act.UserError(f"--{option}: expected none for {task}, got {value}")
 
 
 def preset_help(presets: dict, task: str = "") -> str:
@@ -162,7 +163,7 @@ def run_command(main, config_class, description: str, presets: dict | None = Non
         sys.exit(141)
 
 
-# -- device, seeds --------------------------------------------------------------------------------
+# -- device, seeds
 def setup(config, presets: dict):
     """(config with the presets of its size, device). Seeds torch and joins torchrun's processes."""
     torch.set_flush_denormal(True)  # gradients of a sharp softmax: stage I 2.4 -> 8.3 clouds/s
@@ -188,8 +189,7 @@ def check_apart(data: str, out: str) -> None:
     """UserError if --out is in --data or holds it: a run's pictures would be taken for clouds."""
     source = Path(data).resolve()
     folder = Path(out).resolve()
-    inside = source.is_relative_to(folder) or folder.is_relative_to(source)
-    if inside and data != "synthetic":
+    if data != "synthetic" and (source.is_relative_to(folder) or folder.is_relative_to(source)):
         raise act.UserError(f"--out {out}: expected a folder apart from --data {data}")
 
 
@@ -246,7 +246,7 @@ def place(split: clouds.Clouds, device: torch.device) -> clouds.Clouds:
     return split.to(device) if fits else split
 
 
-# -- batches, learning rate, optimizer ------------------------------------------------------------
+# -- batches, learning rate, optimizer
 def plan(config, count: int):
     """The config with batch size, steps and epochs settled for `count` clouds."""
     world = processes.WORLD
@@ -329,7 +329,7 @@ def load_model(path, device, *kinds):
     return model
 
 
-# -- a run's folder: config.json, metrics.jsonl, last.pt ------------------------------------------
+# -- a run's folder: config.json, metrics.jsonl, last.pt
 RUN_FILES = ["config.json", "metrics.jsonl", "last.pt", "loss.svg", "confusion.png", "labels.csv"]
 for picture in ("reconstruction", "features", "classify", "parts", "scene", "boxes"):
     RUN_FILES += [f"{picture}.png", f"{picture}.ply"]
@@ -459,9 +459,7 @@ def save(log: "Log", model, optimizer, **extra) -> None:
     log.saves.append(time.monotonic() - began)
 
 
-class Log:
-    """The rows of metrics.jsonl, and the lines that a run prints."""
-
+class Log:  # the rows of metrics.jsonl, and the lines that a run prints
     def __init__(self, folder: Path, config, about: dict):
         self.folder = folder
         self.config = config

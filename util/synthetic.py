@@ -76,8 +76,7 @@ def mirrored(x, y, z):
 
 
 def legs(category, part, p, x, length, z):
-    size = (p.edge, length, p.edge)
-    return category, part, "box", mirrored(x, -length, z), size
+    return category, part, "box", mirrored(x, -length, z), (p.edge, length, p.edge)
 
 
 # A row: category, number of its part, primitive (axis y, or as in cylinder_x), centers of its
@@ -163,8 +162,7 @@ def synthetic_cloud(name: str, num_points: int, rng: np.random.Generator) -> tup
     points = []
     for (_, kind, center, size), count in zip(primitives, counts, strict=True):
         points.append(sample_surface(kind, size, count, rng) + center)
-    parts = np.repeat([part for part, _, _, _ in primitives], counts)
-    return np.concatenate(points), parts
+    return np.concatenate(points), np.repeat([part for part, _, _, _ in primitives], counts)
 
 
 def rotate(xyz, axes, angle):
@@ -251,8 +249,9 @@ def find_place(extent, size, boxes, rng):
     return None
 
 
-def synthetic_room(area, number, density):
-    """Four to seven pieces of furniture stand on the floor; one that finds no place is left out."""
+def synthetic_room(area: int, number: int, density: float) -> Room:
+    """The room of a seed (area, number), `density` points per m². Four to seven pieces of furniture
+    stand on the floor; one that finds no place is left out."""
     rng = np.random.default_rng((area, number))
     size = np.append(rng.uniform(2.5, 4, 2), rng.uniform(2.3, 2.8))
     pieces = []  # (label, points (n, 3))
@@ -273,8 +272,3 @@ def synthetic_room(area, number, density):
     labels = np.concatenate([np.full(len(points), label, np.uint8) for label, points in pieces])
     xyz = (xyz + 0.01 * rng.normal(size=xyz.shape)).astype(np.float32)
     return Room(f"Area_{area}_room_{number}", area, xyz, labels, boxes)
-
-
-def synthetic_rooms(numbers: list[tuple[int, int]], density: float) -> list[Room]:
-    """Rooms of (area, number) pairs, each of which seeds its room: `density` points per m²."""
-    return [synthetic_room(area, number, density) for area, number in numbers]

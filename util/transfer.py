@@ -24,9 +24,7 @@ Source = nn.Module | None  # the model of --checkpoint
 
 
 @dataclass
-class TransferConfig(run.RunConfig):
-    """The flags of finetune.py and segment.py; each gives `task` its choices."""
-
+class TransferConfig(run.RunConfig):  # each command gives `task` its choices
     out: str = run.flag("", "folder of the results (default: runs/<task>)")
     task: str = run.flag("", "what is learnt")
     protocol: str = run.flag("full", "what is trained", "all three", choices=PROTOCOLS)
@@ -61,7 +59,7 @@ class Task:
     evaluate(model): metrics by name, on all processes. It puts the model in eval mode.
     finish(model, folder): further metrics, tables, pictures, on process 0 alone."""
 
-    names: list  # what tells each training cloud, for --resume to compare
+    names: list  # of each training cloud, for --resume to compare
     loss_weight = None  # of each label, a tensor (L,) on the device
     metric = ""  # highest at the best epoch; "": evaluate after the last epoch only
     turn = staticmethod(clouds.rotate_y)  # about the vertical axis
@@ -154,7 +152,11 @@ def train(config: TransferConfig, task: Task, source: Source, device: torch.devi
             with run.autocast(config, device):
                 logits = net(xyz) if category is None else net(xyz, category)
             logits = logits.float().flatten(0, -2)  # (B, L), or (B * N, L)
-            loss = F.cross_entropy(logits, target.flatten(), task.loss_weight)
+            target = target.flatten()
+            loss = F.cross_entropy(logits, target, task.loss_weight)
+            if task.loss_weight is not None:  # of all processes' points
+                total = task.loss_weight[target].sum()
+                loss = loss * (total / processes.average(total))
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 10)  # as published

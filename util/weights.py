@@ -58,7 +58,6 @@ PLAIN_GELU = "laion|open[-_]?clip|datacomp|openai_ft"
 CONFIG_TYPES = {"num_attention_heads": int, "hidden_size": int, "layer_norm_eps": float}
 
 
-# -- Layouts --------------------------------------------------------------------------------------
 # Name of a tensor or module -> timm's; {} is a block's number. The nearest row counts.
 def below(old: str, new: str, names: dict) -> dict:
     """The rows for what is below a module, called `old` in the file and `new` in timm."""
@@ -148,9 +147,7 @@ def rename(state: dict, names: dict, dropped: tuple, path) -> dict:
     return renamed
 
 
-class Unread:
-    """Stands for numpy's scalars and argparse's flags; neither runs."""
-
+class Unread:  # stands for numpy's scalars and argparse's flags; neither runs
     def __init__(self, *args):
         pass
 
@@ -262,8 +259,7 @@ def pretrained_names() -> dict[str, str]:
 
 def download(name: str) -> Path:
     """The published file in torch.hub's cache, fetched on first use."""
-    timm_name = name.replace("_quickgelu", "")  # has the same file
-    url = PUBLISHED.get(name, HUGGING_FACE.format(timm_name))
+    url = PUBLISHED.get(name, HUGGING_FACE.format(name.replace("_quickgelu", "")))  # the same file
     file_name = url.rpartition("/")[2]
     file_name = file_name.replace("model.", f"{name}.")  # so many models call theirs
     path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
