@@ -96,8 +96,7 @@ def choose_farthest(planes: torch.Tensor, farthest: torch.Tensor, num_samples: i
 
 
 def replay_farthest(planes: torch.Tensor, first: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """choose_farthest on a GPU, launched as one CUDA graph: the GPU would wait for the host, which
-    has some 14 operations to launch for each point."""
+    """choose_farthest as one CUDA graph: one by one, its kernels take longer to launch than run."""
     stream = torch.cuda.current_stream(planes.device)
     inputs, graph, idx = record_farthest(planes.shape, planes.dtype, num_samples, stream)
     inputs[0].copy_(planes)
@@ -706,10 +705,7 @@ def teacher_loss(output: TeacherOutput, kl_weight: float):
 # -- student: stage II (Sec. 4.2), masked modelling against the teacher's features
 # share = (rank, world): the clouds are number rank, rank + world, ... of a batch, masked as in it.
 def random_mask(
-    center: torch.Tensor,
-    ratio: float,
-    generator: torch.Generator | None = None,
-    share: tuple = (0, 1),
+    center: torch.Tensor, ratio: float, generator: torch.Generator | None = None, share=(0, 1)
 ) -> torch.Tensor:
     """Masks int(ratio * G) random patches of each cloud: (B, G, 3) -> (B, G) bool."""
     B, G, _ = center.shape
@@ -721,10 +717,7 @@ def random_mask(
 
 
 def block_mask(
-    center: torch.Tensor,
-    ratio: float,
-    generator: torch.Generator | None = None,
-    share: tuple = (0, 1),
+    center: torch.Tensor, ratio: float, generator: torch.Generator | None = None, share=(0, 1)
 ) -> torch.Tensor:
     """Masks the int(ratio * G) patches nearest to a random one: (B, G, 3) -> (B, G) bool."""
     B, G, _ = center.shape
@@ -1146,12 +1139,8 @@ def load_exactly(model: nn.Module, state: dict, path) -> nn.Module:
     return model
 
 
-KINDS = {
-    "Teacher": (Teacher, TeacherConfig),
-    "Student": (Student, StudentConfig),
-    "Classifier": (Classifier, ClassifierConfig),
-    "Segmenter": (Segmenter, SegmenterConfig),
-}
+KINDS = {"Teacher": (Teacher, TeacherConfig), "Student": (Student, StudentConfig)}
+KINDS |= {"Classifier": (Classifier, ClassifierConfig), "Segmenter": (Segmenter, SegmenterConfig)}
 
 
 def read_checkpoint(path) -> dict:

@@ -1,7 +1,7 @@
 """Speed of act beside the textbook forms and torch_cluster, and whether results are the same.
 
     python bench.py                          # two CPU cores: minutes
-    python bench.py --device cuda            # a GPU: the same, and the published runs in hours
+    python bench.py --device cuda            # a GPU: the published runs in hours, every command
     python bench.py --quick --part search    # tiny sizes, for seconds; one part alone
 
 Times are medians of repeats taken in turns. The plain forms are those of util/plain.py, with the
@@ -10,7 +10,9 @@ alone: the others go on, and the exit code is 1.
 """
 
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -33,6 +35,9 @@ from util import datasets, detector, plain, processes, run
 CPU_SHAPES = [(32, 1024, 64), (32, 2048, 128), (16, 8192, 512)]  # clouds, points, centres
 GPU_SHAPES = [(128, 1024, 64), (64, 8192, 512), (8, 40000, 2048)]
 FORMS = {"ours": act, "plain": plain}
+COMMANDS = ["train_teacher.py --steps 50", "train_teacher.py --steps 60 --resume"]
+COMMANDS += ["train_student.py --steps 20", "finetune.py --steps 20"]
+COMMANDS += ["segment.py --steps 20", "detect.py --steps 20"]
 
 
 class Work(NamedTuple):  # what the parts measure
@@ -75,6 +80,9 @@ def watch(form):
         torch.cuda.set_sync_debug_mode("default")
     share = launched / (launched + timeit(torch.cuda.synchronize, number=1))
     memory = torch.cuda.max_memory_allocated() / 1e9
+    with torch.profiler.profile() as operations:
+        form()
+    print(operations.key_averages().table("self_cuda_time_total", row_limit=12))
     lines = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a" in str(w.message)]
     waits = f"{len(lines)} waits {' '.join(sorted(set(lines)))}"
     return f"launched in {100 * share:.0f} % of the time, {memory:.1f} GB, {waits}"
@@ -204,10 +212,18 @@ def check_models(work):
 
 
 def bench_stage(work, name):
-    """A step beside a plain one, then its pace; on a GPU of the published batch, compiled too."""
+    """Steps of a batch; on a GPU of the published one and of 8, which one GPU of eight has."""
+    batches = [work.batch]
+    if work.device.type == "cuda":
+        batches.insert(0, STAGES[name][1])
+    for B in batches:
+        bench_step(work, name, B)
+
+
+def bench_step(work, name, B):
+    """A step beside a plain one, then its pace; on a GPU its operations, and compiled, too."""
     build, published, steps = STAGES[name]
     on_gpu = work.device.type == "cuda"
-    B = published if on_gpu else work.batch
     torch.manual_seed(0)
     model, loss = build(B, work.device, work.sizes)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -231,10 +247,22 @@ def bench_stage(work, name):
         print_row(f"{name}, {precision}, {form}", pace, watched, hours)
 
 
+def run_commands(work):
+    """Each command on the device, for some steps at size tiny, on synthetic data."""
+    with tempfile.TemporaryDirectory() as folder:
+        for words in COMMANDS:
+            began = time.perf_counter()
+            script, *flags = f"{words} --size tiny --device {work.device}".split()
+            command = [sys.executable, Path(act.__file__).with_name(script)] + flags
+            subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+            print_row(words, f"{time.perf_counter() - began:.0f} s", "", "")
+
+
 # -- all
 PARTS = {"geometry": check_geometry, "models": check_models, "search": bench_search}
 PARTS["cuboid"] = bench_cuboid
 PARTS |= {name: partial(bench_stage, name=name) for name in STAGES}
+PARTS["commands"] = run_commands  # by itself, or on a GPU
 
 
 @dataclass
@@ -257,12 +285,15 @@ def main(config):
     print(f"{machine}, {torch.get_num_threads()} threads; torch {torch.__version__}\n")
     print_row("what", "ours", "beside it", "ratio")
     print_row("---", "---", "---", "---")
+    names = [config.part]
+    if config.part == "all":
+        names = list(PARTS) if device.type == "cuda" else list(PARTS)[:-1]
     failed = []
-    for name in PARTS if config.part == "all" else [config.part]:
+    for name in names:
         began = time.perf_counter()
         try:
             PARTS[name](work)
-        except (RuntimeError, AssertionError):  # of the GPU, or results that differ
+        except (RuntimeError, AssertionError, subprocess.CalledProcessError):
             traceback.print_exc()
             failed.append(name)
         print_row(f"{name} in {time.perf_counter() - began:.0f} s", "", "", "")

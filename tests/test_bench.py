@@ -4,7 +4,7 @@ import pytest
 
 import act
 import bench
-from common import randn, refused, run_command
+from common import randn, run_command
 
 
 def test_every_part_runs_and_one_whose_results_differ_ends_alone(monkeypatch, capsys):
@@ -16,5 +16,6 @@ def test_every_part_runs_and_one_whose_results_differ_ends_alone(monkeypatch, ca
     rows = capsys.readouterr().out
     for words in ("gradients ±", "kNN (2, 16 of 256)", "cuboid in 5318", "stage-II step", "eager"):
         assert words in rows
-    with refused("--device", "cuda:9"):
-        run_command(bench, "--device", "cuda:9")
+    monkeypatch.setattr(bench, "COMMANDS", ["train_teacher.py --steps none"])
+    with pytest.raises(SystemExit, match="failed: commands$"):
+        run_command(bench, "--part", "commands")

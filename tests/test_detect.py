@@ -3,7 +3,6 @@
 import functools
 import itertools
 import sys
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,9 +64,7 @@ def test_loss_is_that_of_loops_and_the_sum_over_layers(counts, elsewhere, monkey
 def test_a_share_of_a_batch_is_what_the_whole_batch_has():
     whole = detect.sample([ROOM] * 3, 1000, [0], "published")
     assert not same(whole[0][0], whole[0][1])
-    with mock.patch.object(detect, "sample_room", wraps=detect.sample_room) as sampled:
-        share = detect.sample([ROOM] * 3, 1000, [0], "published", share=(1, 2))
-    assert sampled.call_count == 1
+    share = detect.sample([None, ROOM, None], 1000, [0], "published", share=(1, 2))
     for found, values in zip(share, whole, strict=True):
         assert same(found, values[1::2])
 

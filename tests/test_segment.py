@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import act
 import segment
 from common import ENCODER, SHORT, make, refused, rows_of, run_command, seeded
-from util import clouds, datasets, inference, processes, synthetic
+from util import clouds, datasets, inference, synthetic
 
 SIZES = ENCODER | {"points": 64}
 
@@ -78,28 +78,6 @@ def test_blocks_follow_step_and_room_large_rooms_have_more_and_rare_classes_weig
         scenes.count_labels([0, 0], [1])
     high = sum(room.labels.sum() for room in scenes.test)
     assert scenes.loss_weight.tolist() == pytest.approx([1, (740 / high - 1) ** (1 / 3)])
-
-
-@pytest.mark.parametrize("name", ["parts", "scenes"])
-@pytest.mark.parametrize("augment", ["rotate", "scale_translate"])
-def test_two_processes_share_a_step_and_have_all_figures(name, augment, request, monkeypatch):
-    task = request.getfixturevalue(name)
-    task.config.augment = augment
-    model = task.build_model()
-    sent = []
-    monkeypatch.setattr(processes, "collect", lambda x: sent.append(x) or sent[-processes.WORLD :])
-    steps = []
-    figures = []
-    for rank, world in ((0, 1), (0, 2), (1, 2)):  # one process, then each of two, in turn
-        for key, value in dict(RANK=rank, WORLD=world, SHARE=(rank, world)).items():
-            monkeypatch.setattr(processes, key, value)
-        generator = seeded()
-        xyz, labels, _ = task.sample(torch.tensor([2, 0, 1, 1]), 5, generator)
-        xyz = task.augment(xyz, generator, processes.SHARE)
-        steps.append(torch.cat([xyz, labels[..., None]], dim=2))  # (B, N, 4)
-        figures.append(task.evaluate(model))
-    assert torch.equal(steps[0], torch.stack(steps[1:], dim=1).flatten(0, 1))
-    assert figures[0] == figures[2]
 
 
 @pytest.mark.parametrize("task", ["parts", "scene"])

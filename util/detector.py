@@ -152,9 +152,7 @@ def sample_points(xyz: np.ndarray, num_points: int, rng: np.random.Generator) ->
     return xyz[rng.choice(len(xyz), num_points, replace=len(xyz) < num_points)]
 
 
-def random_cuboid(
-    xyz: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, min_points: float
-) -> tuple[np.ndarray, np.ndarray]:
+def random_cuboid(xyz: np.ndarray, boxes: np.ndarray, rng, min_points: float) -> tuple:
     """Masks of points (N,) and boxes (K,), by their centers, in a random cuboid of half to all of
     each side, two alike, with min_points and a box; of all, if 100 tries find none."""
     everything = np.ones(len(xyz), bool), np.ones(len(boxes), bool)

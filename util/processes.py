@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 import act
 
@@ -54,7 +53,11 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 def average(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of the processes' tensors, whose gradient flows to all of them."""
-    return all_reduce(tensor) / WORLD if WORLD > 1 else tensor
+    if WORLD == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_reduce  # some builds have none
+
+    return all_reduce(tensor) / WORLD
 
 
 def collect(value) -> list:
