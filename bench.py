@@ -239,6 +239,7 @@ def bench_step(work, name, B):
     precision = run.pick_precision(work.device)
     for form in ("eager", "compiled") if on_gpu else ("eager",):
         if form == "compiled":
+            torch.compiler.reset()  # else earlier models' graphs count towards the limit
             processes.parallel(model, run.RunConfig(compile=True))
         seconds = compare(work, "", {"ours": partial(step, precision)})
         pace = f"{1e3 * seconds:.1f} ms a step, {B / seconds:.0f} clouds/s"

@@ -83,7 +83,9 @@ class Classification(transfer.Task):
         self.device = device
         self.classes = data.train.classes
         self.sizes = act.ClassifierConfig(**sizes, num_classes=len(self.classes))
-        clouds.check_sizes([data.train, data.test], self.sizes, config.points)
+        fewest = clouds.check_sizes([data.train, data.test], self.sizes, config.points)
+        if config.task == "classify" and config.size == "tiny":  # as published, 2 to 7 % better
+            self.sizes.num_group = min(2 * self.sizes.num_group, fewest)
         self.train = clouds.subsample(run.place(data.train, device), config.points, device)
         self.test = clouds.subsample(run.place(data.test, device), config.points, device)
         self.names = data.train.identities()

@@ -18,7 +18,7 @@ def make_clouds(sizes, **options):
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(1, 40), st.integers(0, 99))
-def test_a_sample_is_in_random_order_and_begins_again_in_every_share(sizes, num, seed):
+def test_a_sample_is_in_random_order_and_begins_again(sizes, num, seed):
     rank, world = [(0, 1), (0, 2), (1, 2)][seed % 3]
     data = make_clouds(sizes)
     xyz, flat = data.sample(torch.arange(len(sizes)), num, seeded(seed), (rank, world))
@@ -30,7 +30,7 @@ def test_a_sample_is_in_random_order_and_begins_again_in_every_share(sizes, num,
 
 
 @pytest.mark.parametrize("indices", [[2, 0, 2], [1, 2]])
-def test_selected_clouds_keep_their_points_labels_parts_and_identities(indices):
+def test_selected_clouds_keep_what_is_theirs(indices):
     options = {"parts": torch.arange(20), "distinct": torch.arange(4)}
     data = make_clouds([4, 9, 1, 6], **options)
     chosen = data.select(indices)
@@ -48,7 +48,7 @@ def test_samples_that_cannot_be_cut_into_patches_are_refused():
     data.points[1:61] *= torch.tensor([0.0, -0.0]).repeat(30)[:, None]
     assert clouds.count_distinct(data.points, data.offsets).tolist() == [1, 41, 5]
     pair = data.select([1, 2])
-    clouds.check_sizes([pair], act.EncoderConfig(num_group=5, group_size=4), 64)
+    assert clouds.check_sizes([pair], act.EncoderConfig(num_group=5, group_size=4), 64) == 5
     with refused("2: expected 8 distinct", "got 5"):
         clouds.check_sizes([pair, pair], act.EncoderConfig(num_group=8, group_size=4), 64)
 

@@ -103,6 +103,7 @@ def test_eight_steps_tell_thirty_sparse_clouds_of_three_plain_shapes_apart(comma
             np.save(f"data/{shape}/{i}.npy", extent * rng.normal(size=(rng.integers(150, 900), 3)))
     command("--data data --points 1024 --batch-size 24 --checkpoint none --steps 8 --out out")
     assert rows_of("out")[-1]["accuracy"] > 80
+    assert act.load("out/last.pt").config.num_group == 64
 
 
 def test_an_episode_is_reproducible_and_holds_what_was_asked():

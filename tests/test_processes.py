@@ -99,8 +99,6 @@ def test_two_processes_do_the_work_of_one(tmp_path, shapes, teacher_run, student
         difference = gradient - torch.load(tmp_path / f"two/{name}-0")
         assert difference.norm() < ROUNDING[name] * gradient.norm(), name
         expected, found = [checkpoint(tmp_path / folder / name) for folder in ("one", "two")]
-        rows = [rows_of(tmp_path / folder / name)[-1] for folder in ("one", "two")]
-        assert rows[0].keys() == rows[1].keys()
         for key, value in expected["model"].items():
             if "running" in key or "tracked" in key:
                 assert_close(found["model"][key], value)

@@ -142,18 +142,21 @@ def count_distinct(points: Tensor, offsets: Tensor) -> Tensor:
     return torch.tensor(counts)
 
 
-def check_sizes(splits: list[Clouds], c, points: int) -> None:
-    """UserError unless samples have enough distinct points for the patches of a model's config."""
+def check_sizes(splits: list[Clouds], c, points: int) -> int:
+    """The fewest distinct points of a sample. UserError unless they do for a model's patches."""
     if points < c.group_size:
         raise act.UserError(f"--points: expected {c.group_size} or more, got {points}")
+    fewest = points
     for split in splits:
         distinct = split.distinct
         if distinct is None:
             distinct = count_distinct(split.points, split.offsets)
-        for name, count in zip(split.names, distinct.clamp(max=points).tolist(), strict=True):
-            if count < c.num_group:
+        for name, count in zip(split.names, distinct.tolist(), strict=True):
+            fewest = min(fewest, count)
+            if fewest < c.num_group:
                 expected = f"expected {c.num_group} distinct --points"
-                raise act.UserError(f"{name}: {expected}, got {count}")
+                raise act.UserError(f"{name}: {expected}, got {fewest}")
+    return fewest
 
 
 @torch.no_grad()
