@@ -261,9 +261,8 @@ def run_commands(work):
 
 # -- all
 PARTS = {"geometry": check_geometry, "models": check_models, "search": bench_search}
-PARTS["cuboid"] = bench_cuboid
 PARTS |= {name: partial(bench_stage, name=name) for name in STAGES}
-PARTS["commands"] = run_commands  # by itself, or on a GPU
+PARTS |= {"cuboid": bench_cuboid, "commands": run_commands}  # commands: by itself, or on a GPU
 
 
 @dataclass

@@ -146,7 +146,7 @@ def load_detector(path, device="cpu") -> Detector:
     return act.load(path, device, {"Detector": (Detector, DetectorConfig)})
 
 
-# -- samples of rooms
+# -- samples of rooms, detections
 def sample_points(xyz: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
     """`num_points` random points of a room (n, 3); points are repeated only if it has fewer."""
     return xyz[rng.choice(len(xyz), num_points, replace=len(xyz) < num_points)]
@@ -177,7 +177,6 @@ def random_cuboid(xyz: np.ndarray, boxes: np.ndarray, rng, min_points: float) ->
     return everything
 
 
-# -- detections
 @torch.no_grad()
 def find_boxes(model: Detector, scenes: list) -> list:
     """select_detections of each scene, on the CPU, by all processes. Scene i is sampled with the

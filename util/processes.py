@@ -55,9 +55,10 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of the processes' tensors, whose gradient flows to all of them."""
     if WORLD == 1:
         return tensor
-    from torch.distributed.nn.functional import all_reduce  # some builds have none
-
-    return all_reduce(tensor) / WORLD
+    total = sum_over_processes(tensor.detach().clone()) + (tensor - tensor.detach())
+    if total.requires_grad:
+        total.register_hook(lambda gradient: sum_over_processes(gradient.clone()))
+    return total / WORLD
 
 
 def collect(value) -> list:
