@@ -29,6 +29,7 @@ Where this differs from the paper or from the official implementation:
 
 import math
 import os
+import threading
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +52,7 @@ class MissingFile(UserError, FileNotFoundError):
 # -- geometry
 # Batched, on any device, in float32 or better even under autocast. Distances are computed by
 # subtraction: the expanded square loses every digit of a cloud far from the origin. Each function
-# can be copied out with `import torch`, the functions it calls, and lru_cache for FPS.
+# can be copied out with `import torch`, the functions it calls; FPS: threading, lru_cache, too.
 def farthest_point_sample(
     xyz: torch.Tensor, num_samples: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -96,9 +97,9 @@ def choose_farthest(planes: torch.Tensor, farthest: torch.Tensor, num_samples: i
 
 
 def replay_farthest(planes: torch.Tensor, first: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """choose_farthest as one CUDA graph: one by one, its kernels take longer to launch than run."""
-    stream = torch.cuda.current_stream(planes.device)
-    inputs, graph, idx = record_farthest(planes.shape, planes.dtype, num_samples, stream)
+    """choose_farthest as one CUDA graph: one by one, its kernels wait for the host, by estimate."""
+    owner = (torch.cuda.current_stream(planes.device), threading.get_ident())
+    inputs, graph, idx = record_farthest(planes.shape, planes.dtype, num_samples, owner)
     inputs[0].copy_(planes)
     inputs[1].copy_(first)
     graph.replay()
@@ -107,13 +108,14 @@ def replay_farthest(planes: torch.Tensor, first: torch.Tensor, num_samples: int)
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # whose tensors could not be written to outside of it
-def record_farthest(shape: torch.Size, dtype: torch.dtype, num_samples: int, stream) -> tuple:
-    """The CUDA graph of choose_farthest for a stream -> its inputs, the graph, its output."""
-    planes = torch.zeros(shape, dtype=dtype, device=stream.device)
-    first = torch.zeros(shape[1], 1, dtype=torch.long, device=stream.device)
+def record_farthest(shape: torch.Size, dtype: torch.dtype, num_samples: int, owner) -> tuple:
+    """The CUDA graph of choose_farthest for a stream of a thread -> its inputs, itself, output."""
+    device = owner[0].device
+    planes = torch.zeros(shape, dtype=dtype, device=device)
+    first = torch.zeros(shape[1], 1, dtype=torch.long, device=device)
     choose_farthest(planes, first, num_samples)  # loads the kernels, which a capture cannot
     graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream(stream.device)  # the default stream cannot be captured
+    side = torch.cuda.Stream(device)  # the default stream cannot be captured
     # Other threads, such as NCCL's, may call CUDA during a capture that is thread_local.
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         idx = choose_farthest(planes, first, num_samples)

@@ -1,7 +1,7 @@
 """Speed of act beside the textbook forms and torch_cluster, and whether results are the same.
 
     python bench.py                          # two CPU cores: minutes
-    python bench.py --device cuda            # a GPU: the published runs in hours, every command
+    python bench.py --device cuda            # a GPU: the published runs in hours, the commands
     python bench.py --quick --part search    # tiny sizes, for seconds; one part alone
 
 Times are medians of repeats taken in turns. The plain forms are those of util/plain.py, with the
@@ -37,7 +37,7 @@ GPU_SHAPES = [(128, 1024, 64), (64, 8192, 512), (8, 40000, 2048)]
 FORMS = {"ours": act, "plain": plain}
 COMMANDS = ["train_teacher.py --steps 50", "train_teacher.py --steps 60 --resume"]
 COMMANDS += ["train_student.py --steps 20", "finetune.py --steps 20"]
-COMMANDS += ["segment.py --steps 20", "detect.py --steps 20"]
+COMMANDS += ["segment.py --steps 20", "segment.py --task scene --steps 20", "detect.py --steps 20"]
 
 
 class Work(NamedTuple):  # what the parts measure
@@ -212,11 +212,9 @@ def check_models(work):
 
 
 def bench_stage(work, name):
-    """Steps of a batch; on a GPU of the published one and of 8, which one GPU of eight has."""
-    batches = [work.batch]
-    if work.device.type == "cuda":
-        batches.insert(0, STAGES[name][1])
-    for B in batches:
+    """Steps of a batch; on a GPU of the published one, and of the share of one GPU of eight."""
+    published = STAGES[name][1]
+    for B in (published, published // 8) if work.device.type == "cuda" else (work.batch,):
         bench_step(work, name, B)
 
 
@@ -244,19 +242,18 @@ def bench_step(work, name, B):
         seconds = compare(work, "", {"ours": partial(step, precision)})
         pace = f"{1e3 * seconds:.1f} ms a step, {B / seconds:.0f} clouds/s"
         watched = watch(partial(step, precision)) if on_gpu else "no GPU"
-        hours = f"{steps * published / B * seconds / 3600:.2f} h"  # of the published run
+        hours = f"{steps * published / B * seconds / 3600:.2f} h on one"  # of the published run
         print_row(f"{name}, {precision}, {form}", pace, watched, hours)
 
 
 def run_commands(work):
-    """Each command on the device, for some steps at size tiny, on synthetic data."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Each command that trains, for some steps at size tiny, on synthetic data."""
+    with tempfile.TemporaryDirectory() as cwd:
         for words in COMMANDS:
-            began = time.perf_counter()
             script, *flags = f"{words} --size tiny --device {work.device}".split()
             command = [sys.executable, Path(act.__file__).with_name(script)] + flags
-            subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
-            print_row(words, f"{time.perf_counter() - began:.0f} s", "", "")
+            form = partial(subprocess.run, command, cwd=cwd, stdout=subprocess.DEVNULL, check=True)
+            print_row(words, f"{timeit(form, number=1):.0f} s", "", "")
 
 
 # -- all

@@ -148,7 +148,7 @@ def sample_room(scene, num_points, rng, augment=""):
 
 def sample(scenes, num_points, seed, augment="", device="cpu", share=(0, 1)):
     """Rooms rank::world of a batch, for a share (rank, world): points (B, N, 3), lists of boxes and
-    labels on the CPU. `seed`, a list of numbers, and a room's place in the batch give its own."""
+    labels on the CPU. `seed`, a list, and a room's place in the batch seed its numbers."""
     rank, world = share
     rooms = []
     for i in range(rank, len(scenes), world):

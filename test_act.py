@@ -115,11 +115,12 @@ def test_fps_equals_the_textbook_but_takes_no_index_twice(kind, B, N, share, see
 
 @mock.patch.object(torch, "cuda")
 def test_one_graph_replayed_for_other_clouds_gives_the_loops_indices(cuda):
-    cuda.current_stream().device = "cpu"
+    owner = (cuda.current_stream(), act.threading.get_ident())
+    owner[0].device = "cpu"
     shape = torch.Size([3, 2, 40])
 
     def replay():
-        inputs, _, idx = act.record_farthest(shape, torch.float32, 7, cuda.current_stream())
+        inputs, _, idx = act.record_farthest(shape, torch.float32, 7, owner)
         idx.copy_(act.choose_farthest(inputs[0], inputs[1], 7))
 
     cuda.CUDAGraph().replay.side_effect = replay
@@ -152,8 +153,8 @@ def test_knn_equals_a_stable_sort_ties_included(kind, B, Q, N, share, seed, dtyp
     assert_equal(geometry("knn", device, query, xyz, k), plain.stable_knn(exact_query, exact, k))
 
 
-def test_geometry_can_be_copied_with_import_torch_alone():
-    alone = {"torch": torch, "lru_cache": lru_cache}
+def test_geometry_can_be_copied_with_what_it_names():
+    alone = {"torch": torch, "lru_cache": lru_cache, "threading": act.threading}
     names = "farthest_point_sample choose_farthest replay_farthest record_farthest knn smallest"
     for name in f"{names} gather_points group_points chamfer_distance".split():
         exec(inspect.getsource(getattr(act, name)), alone)

@@ -39,11 +39,10 @@ ROUNDING = dict.fromkeys(RUNS, 3e-5) | {"scene": 2e-4, "detect": 2e-3}
 PARTS = synthetic.compositions(synthetic.synthetic_clouds(2, num_points=64)).select(range(6))
 ROOMS = [synthetic.synthetic_room(1, i, 50) for i in range(5)]
 SCANS = datasets.synthetic_scenes(1, 5, 2000)
-CLASSES = synthetic.ROOM_CLASSES
 DATA = {
     "open_parts": lambda *_: Dataset("parts", PARTS, PARTS.select([0])),
-    "open_rooms": lambda *_: Dataset("rooms", ROOMS[:4], ROOMS[4:], CLASSES),
-    "open_scans": lambda *_: Dataset("scans", SCANS[:4], SCANS[4:], CLASSES[3:]),
+    "open_rooms": lambda *_: Dataset("rooms", ROOMS[:4], ROOMS[4:], synthetic.ROOM_CLASSES),
+    "open_scans": lambda *_: Dataset("scans", SCANS[:4], SCANS[4:], synthetic.ROOM_CLASSES[3:]),
 }
 
 
