@@ -1160,12 +1160,11 @@ def read_checkpoint(path) -> dict:
     return checkpoint | {"model": without_wrappers(checkpoint["model"])}
 
 
-def load(path, device="cpu", kinds=None) -> nn.Module:
+def load(path, device="cpu", kinds=KINDS) -> nn.Module:
     """The model of a checkpoint of this project, in eval mode: of one of `kinds`, a dict as KINDS.
     Raises UserError if the file is missing, broken or unfit."""
     checkpoint = read_checkpoint(path)
     kind = checkpoint["kind"]
-    kinds = kinds or KINDS
     if kind not in kinds:
         raise UserError(f"{path}: expected a {', '.join(kinds)}, got a {kind}")
     model_class, config_class = kinds[kind]

@@ -71,7 +71,7 @@ def compare(work, what, forms):
 
 
 def watch(form):
-    """In words, of a call on a GPU: the host's share, the most memory, the lines that wait."""
+    """Prints the operations of a call on a GPU; in words: the host's share, memory, waits."""
     torch.cuda.reset_peak_memory_stats()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

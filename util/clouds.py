@@ -132,14 +132,17 @@ class Clouds:
         return xyz, flat
 
 
+def count_points(xyz: np.ndarray) -> int:
+    """How many different points a cloud (n, 3) has."""
+    x, y, z = xyz.astype(np.float64).T
+    key = x + 2**0.5 * y + 3**0.5 * z  # another one for another point, to double precision
+    return 1 + np.count_nonzero(np.diff(np.sort(key)))
+
+
 def count_distinct(points: Tensor, offsets: Tensor) -> Tensor:
-    """How many different points each cloud has, (number of clouds,) int64."""
-    counts = []
-    for cloud in points.cpu().split(offsets.diff().tolist()):
-        x, y, z = cloud.numpy().astype(np.float64).T
-        key = x + 2**0.5 * y + 3**0.5 * z  # another one for another point, to double precision
-        counts.append(1 + np.count_nonzero(np.diff(np.sort(key))))
-    return torch.tensor(counts)
+    """count_points of each cloud, (number of clouds,) int64."""
+    sizes = offsets.diff().tolist()
+    return torch.tensor([count_points(cloud.numpy()) for cloud in points.cpu().split(sizes)])
 
 
 def check_sizes(splits: list[Clouds], c, points: int) -> int:

@@ -246,6 +246,7 @@ def write_cache(stem, root, entries, drop_invalid, columns):
     """Reads all files into a cache, and names broken ones on stderr."""
     print(f"reading {len(entries)} clouds into {stem}.points.npy, once", file=sys.stderr)
     offsets = [0]
+    distinct = [0]
     broken = []
     with files.complete_file(f"{stem}.points.npy") as file:
         file.seek(128)  # the length of numpy's header for any number of rows
@@ -261,6 +262,7 @@ def write_cache(stem, root, entries, drop_invalid, columns):
                     rows = np.column_stack([xyz, clouds.limit_points(labels)])
                 file.write(rows.astype("<f4").tobytes())
                 offsets.append(offsets[-1] + len(rows))
+                distinct.append(clouds.count_points(rows[:, :3]))
             except act.UserError as error:
                 print(error, file=sys.stderr, flush=True)
                 broken.append(entry.name)
@@ -270,10 +272,8 @@ def write_cache(stem, root, entries, drop_invalid, columns):
         header = {"descr": "<f4", "fortran_order": False, "shape": (offsets[-1], columns)}
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)
-    points = torch.from_numpy(np.load(f"{stem}.points.npy", mmap_mode="c"))[:, :3]
-    distinct = clouds.count_distinct(points, torch.tensor(offsets))
     with files.complete_file(f"{stem}.offsets.npy") as file:
-        np.save(file, np.stack([offsets, np.append(0, distinct)]))
+        np.save(file, np.stack([offsets, distinct]))
 
 
 def read_files(name, root, entries, options, classes=None, notes=(), pretrain_on_all=False):

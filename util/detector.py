@@ -170,8 +170,7 @@ def random_cuboid(xyz: np.ndarray, boxes: np.ndarray, rng, min_points: float) ->
         if np.count_nonzero(inside) < min_points:
             continue
         kept = xyz[inside]
-        center = boxes[:, :3]
-        held = ((center >= kept.min(0)) & (center <= kept.max(0))).all(1)
+        held = ((boxes[:, :3] >= kept.min(0)) & (boxes[:, :3] <= kept.max(0))).all(1)
         if held.any():
             return inside, held
     return everything

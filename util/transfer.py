@@ -154,8 +154,8 @@ def train(config: TransferConfig, task: Task, source: Source, device: torch.devi
             logits = logits.float().flatten(0, -2)  # (B, L), or (B * N, L)
             target = target.flatten()
             loss = F.cross_entropy(logits, target, task.loss_weight)
-            if task.loss_weight is not None:  # of all processes' points
-                total = task.loss_weight[target].sum()
+            if task.loss_weight is not None and processes.WORLD > 1:
+                total = task.loss_weight[target].sum()  # of a share
                 loss = loss * (total / processes.average(total))
             optimizer.zero_grad()
             loss.backward()
