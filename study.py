@@ -4,9 +4,8 @@
     python study.py target mask --seeds 5 --jobs 2
     python study.py teacher --data shapes --weights none random dino_vits16 --transfer scans
 
-A row of a table, an arm, is trained once for each seed, in <out>/<table>/<arm>/seed<k>. A run that
-arms share is made once. The same command, given again, makes what is missing and resumes what was
-interrupted. Leaves <table>.md, .json and .svg.
+An arm is a row of a table, its runs are in <out>/<table>/<arm>/seed<k>. The same command, given
+again, makes what is missing or was interrupted. Leaves <table>.md, .json and .svg.
 """
 
 import datetime
@@ -202,11 +201,11 @@ def make_runs(runs: list[Run], jobs: int) -> None:
         while count(runs, "open") + count(runs, "running"):
             for each in runs:
                 if each.state == "running" and each.process.poll() is not None:
-                    print(f"{each.folder} {each.end()}")
+                    ending = each.end()
                     made += 1
                     left = count(runs, "open") + count(runs, "running")
                     minutes = (time.monotonic() - began) / made * left / 60
-                    print(f"{left} of {len(runs)} runs left, {minutes:.0f} min")
+                    print(f"{each.folder} {ending}; {left} runs left, {minutes:.0f} min")
                 before = getattr(each.needs, "state", "finished")
                 if each.state == "open" and before == "failed":
                     each.state = "failed"
@@ -246,20 +245,22 @@ def spread(values: list[float]) -> tuple[float, float | None, float | None]:
 
 def head_of(table: str, first: str, results: dict) -> str:
     """What stands above a table whose first arm is `first`."""
-    names = set()  # the backbones that its teachers have: --weights auto may find none
+    backbones, precisions = set(), set()  # of its runs: both may be found by the run itself
     for source, _ in results.values():
-        while source.needs is not None:
-            source = source.needs
-        if source.script == "train_teacher.py":
+        while source is not None:
             about = json.loads((source.folder / "config.json").read_text())
-            names.add(short_name(about["config"]["weights"]))
+            precisions.add(about["settings"]["precision"])
+            if source.script == "train_teacher.py":
+                backbones.add(short_name(about["config"]["weights"]))
+            source = source.needs
     return f"""# {table}
 
 `python study.py {" ".join(sys.argv[1:])}`, {datetime.date.today()}, torch {torch.__version__}.
 Percent; mean ± standard error over n seeds. Beside it the difference to the arm `{first}`, paired
 by seed, its 95 % t-interval, and half of that: no smaller difference could have been seen. Last,
-what the best epoch on the test set of the best seed would have reported; for the SVM and kNN, the
-best seed. Backbones of the teachers: {", ".join(sorted(names)) or "no teacher"}.
+what the best epoch on the test set of the best seed would have reported (SVM, kNN: the best seed).
+Precision of the runs: {", ".join(sorted(precisions)) or "no run"}. Backbones of the teachers:
+{", ".join(sorted(backbones)) or "no teacher"}.
 """
 
 

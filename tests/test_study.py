@@ -20,7 +20,7 @@ if pathlib.Path("broken").read_text() in sys.argv:
     sys.exit("error: no such prompt")
 row = dict(svm_trained=50 + len(sys.argv), knn_trained=int(flags["--seed"]), best_accuracy=9.0)
 row["accuracy"] = None if "linear" in sys.argv else 7.0  # null: it could not be had
-about = dict(config=dict(weights=flags.get("--weights", "random")))
+about = dict(config=dict(weights=flags.get("--weights", "random")), settings=dict(precision="bf16"))
 texts = {"metrics.jsonl": row, "config.json": about, "last.pt": ""}
 for name, text in texts.items():
     pathlib.Path(flags["--out"], name).write_text(json.dumps(text))
@@ -84,7 +84,7 @@ def test_weights_are_the_arms_of_the_teachers_and_settings_reach_all_runs(shapes
     # The best epoch of the best seed stands beside the accuracy of the last.
     text = Path("runs/teacher.md").read_text()
     assert "| none | 1 | 7.00 |  |  |  | 9.00 |" in text and "y, linear" not in text
-    assert "Backbones of the teachers: a/model.safetensors, none." in text.replace("\n", " ")
+    assert "runs: bf16. Backbones of the teachers:\na/model.safetensors, none." in text
 
 
 def test_a_start_again_makes_what_is_missing_and_resumes_what_was_interrupted():
@@ -121,9 +121,8 @@ def test_tables_numbers_and_clouds_that_make_no_study_are_refused(shapes):
 
 
 def test_the_commands_take_what_a_study_gives_them(shapes, tmp_path):
-    flags = "--size tiny --seeds 1 --teacher-epochs 1 --student-epochs 1 --weights none".split()
-    words = ["teacher", "--data", shapes, *flags, "--out", tmp_path]
-    result = common.python(common.ROOT / "study.py", *words)
+    words = "teacher --weights none --seeds 1 --teacher-epochs 1 --student-epochs 1".split()
+    result = common.python(common.ROOT / "study.py", *words, "--data", shapes, "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (value,) = json.loads((tmp_path / "teacher.json").read_text())["none"]["linear SVM"].values()
     assert 0 <= value <= 100
