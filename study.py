@@ -326,7 +326,8 @@ def main(config):
         if labels is None or len(labels.unique()) < 2:
             raise act.UserError(f"{data}: expected clouds of two classes or more, for the metrics")
     run.open_folder(config.out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
+    for number in (signal.SIGINT, signal.SIGTERM):  # & in a script has SIGINT ignored, by runs too
+        signal.signal(number, signal.default_int_handler)  # no run is left behind
     plan = {}  # the runs by their keys
     tables = {table: {} for table in config.tables}
     for seed in range(config.seeds):  # so that an interrupted study has equal arms

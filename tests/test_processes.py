@@ -94,9 +94,8 @@ def test_two_processes_do_the_work_of_one(tmp_path, shapes, teacher_run, student
         done = common.python(*launch, __file__, str(tmp_path / folder), *sources)
         assert done.returncode == 0, done.stderr
     for name in RUNS:
-        gradient = torch.load(tmp_path / f"one/{name}-0")
-        difference = gradient - torch.load(tmp_path / f"two/{name}-0")
-        assert difference.norm() < 1e-9 * gradient.norm(), name
+        one, two = [torch.load(tmp_path / f"{folder}/{name}-0") for folder in ("one", "two")]
+        assert (one - two).norm() < 1e-9 * one.norm(), name
         expected, found = [checkpoint(tmp_path / folder / name) for folder in ("one", "two")]
         for key, value in expected["model"].items():
             if "running" in key or "tracked" in key:

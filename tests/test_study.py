@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,11 @@ import study
 from common import refused, run_command
 
 STUB = """
-import json, pathlib, sys
+import json, pathlib, signal, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 with open("calls.txt", "a") as file:
     file.write(" ".join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]) + chr(10))
-if pathlib.Path("broken").read_text() in sys.argv:
+if pathlib.Path("broken").read_text() in sys.argv or signal.getsignal(2) == signal.SIG_IGN:
     sys.exit("error: no such prompt")
 row = dict(svm_trained=50 + len(sys.argv), knn_trained=int(flags["--seed"]), best_accuracy=9.0)
 row["accuracy"] = None if "linear" in sys.argv else 7.0  # null: it could not be had
@@ -31,7 +31,6 @@ for name, text in texts.items():
 def stubs(new_folder, tmp_path, monkeypatch):
     """Commands that only note their flags, in place of those that train."""
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["study.py"])
     for name in ("train_teacher.py", "train_student.py", "finetune.py"):
         Path(name).write_text(STUB)
     Path("broken").write_text("nothing")
@@ -52,7 +51,7 @@ def values_of(table):
     return json.loads(Path("runs", f"{table}.json").read_text())
 
 
-def test_differences_are_paired_by_seed_as_worked_by_hand_and_equal_ones_have_no_interval():
+def test_differences_are_paired_by_seed_and_equal_ones_have_no_interval():
     assert study.t_quantile(9) == pytest.approx(2.26216, rel=1e-5)
     # 5, 7, 1: mean 13 / 3, variance 28 / 3. Differences 1, 4: mean 2.5, error 1.5.
     row = study.format_row("a", {0: 5.0, 1: 7.0, 3: 1.0}, {0: 4.0, 1: 3.0, 2: 50.0}, 9.0)
@@ -73,7 +72,7 @@ def test_arms_share_runs_and_a_student_takes_the_teacher_of_its_arm():
     assert values_of("transfer")["MLP-3"].keys() == {"synthetic"}
 
 
-def test_weights_are_the_arms_of_the_teachers_and_settings_reach_all_runs(shapes):
+def test_weights_are_the_arms_of_teachers_and_settings_reach_runs(shapes):
     shutil.copytree(shapes, "y")
     words = f"teacher --weights none a/model.safetensors --data {shapes} --transfer y --seeds 1"
     lines = make(f"{words} --teacher-epochs 3 --student-epochs 4")
@@ -87,7 +86,7 @@ def test_weights_are_the_arms_of_the_teachers_and_settings_reach_all_runs(shapes
     assert "runs: bf16. Backbones of the teachers:\na/model.safetensors, none." in text
 
 
-def test_a_start_again_makes_what_is_missing_and_resumes_what_was_interrupted():
+def test_a_start_again_makes_and_resumes_what_is_missing():
     lines = make("loss --weights a --seeds 1")
     assert len(lines) == 4 and not having(lines, "--resume")  # there is nothing to resume
     next(Path("runs/loss/L2/seed0").glob("student-*/finished")).unlink()
@@ -100,6 +99,7 @@ def test_a_start_again_makes_what_is_missing_and_resumes_what_was_interrupted():
 
 def test_a_failing_run_is_named_its_student_is_not_made_and_the_others_go_on(capsys):
     Path("broken").write_text("shallow")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as & in a script has it
     with pytest.raises(SystemExit) as ended:
         make("prompt --seeds 2 --jobs 2")
     assert ended.value.code == 1
