@@ -4,7 +4,7 @@
     python study.py target mask --seeds 5 --jobs 2
     python study.py teacher --data shapes --weights none random dino_vits16 --transfer scans
 
-An arm is a row of a table, its runs are in <out>/<table>/<arm>/seed<k>. The same command, given
+An arm is a row of a table; its runs are in <out>/<table>/<arm>/seed<k>. The same command, given
 again, makes what is missing or was interrupted. Leaves <table>.md, .json and .svg.
 """
 
@@ -326,7 +326,7 @@ def main(config):
         if labels is None or len(labels.unique()) < 2:
             raise act.UserError(f"{data}: expected clouds of two classes or more, for the metrics")
     run.open_folder(config.out)
-    for number in (signal.SIGINT, signal.SIGTERM):  # & in a script has SIGINT ignored, by runs too
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's & has the first ignored
         signal.signal(number, signal.default_int_handler)  # no run is left behind
     plan = {}  # the runs by their keys
     tables = {table: {} for table in config.tables}
