@@ -4,8 +4,8 @@
     python study.py target mask --seeds 5 --jobs 2
     python study.py teacher --data shapes --weights none random dino_vits16 --transfer scans
 
-An arm is a row of a table; its runs are in <out>/<table>/<arm>/seed<k>. The same command, given
-again, makes what is missing or was interrupted. Leaves <table>.md, .json and .svg.
+An arm is a row of a table; its runs are in <out>/<table>/<arm>/seed<k>. Equal ones are made once.
+The same command again makes or resumes what is missing. Leaves <table>.md, .json and .svg.
 """
 
 import datetime
@@ -245,7 +245,7 @@ def spread(values: list[float]) -> tuple[float, float | None, float | None]:
 
 def head_of(table: str, first: str, results: dict) -> str:
     """What stands above a table whose first arm is `first`."""
-    backbones, precisions = set(), set()  # of its runs: both may be found by the run itself
+    backbones, precisions = set(), set()  # of its runs, which may have been left to auto
     for source, _ in results.values():
         while source is not None:
             about = json.loads((source.folder / "config.json").read_text())
